@@ -1,0 +1,19 @@
+package transport
+
+// Device is the packet side of the transport: it gives outbound packets and
+// takes inbound ones. It is the batching half of wireguard's tun.Device, so any
+// such device will do.
+type Device interface {
+	// Read waits for packets and writes the i-th to bufs[i][offset:], its
+	// length to sizes[i]. It borrows the buffers until it returns. len(bufs) is
+	// at least BatchSize. An error that wraps [os.ErrClosed] ends the outbound
+	// pump; any other is counted and Read is called again.
+	Read(bufs [][]byte, sizes []int, offset int) (n int, err error)
+
+	// Write takes the packets bufs[i][offset:] in order and returns how many it
+	// accepted. It borrows them until it returns and may overwrite them.
+	Write(bufs [][]byte, offset int) (n int, err error)
+
+	// BatchSize is the largest number of packets Read returns; it never changes.
+	BatchSize() int
+}
