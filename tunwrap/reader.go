@@ -1,0 +1,222 @@
+package tunwrap
+
+import (
+	"fmt"
+	"os"
+	"sync"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// A Reader is one stream of outbound packets of a [Wrapper]: the packets of one
+// [Source], NATed and split. Streams are independent, so each can have its own
+// goroutine; order is kept within one. A Reader is for one goroutine at a time.
+type Reader struct {
+	w      *Wrapper
+	source Source
+
+	// mu is held during a Read. Close uses it only to find out whether there is one.
+	mu sync.Mutex
+
+	queue   []*stack.PacketBuffer // dequeued; queue[head:tail] are still to be sent
+	head    int
+	tail    int
+	seg     segmenter
+	current *stack.PacketBuffer // the superpacket that seg is busy with
+	views   [][]byte            // scratch
+	counts  outboundCounts      // of the Read in progress
+}
+
+func newReader(w *Wrapper, s Source) *Reader {
+	return &Reader{
+		w:      w,
+		source: s,
+		queue:  make([]*stack.PacketBuffer, w.batchSize),
+		views:  make([][]byte, 0, 64),
+	}
+}
+
+// Read waits for at least one outbound packet, then writes packets until bufs are full or
+// all that had been queued are out: the i-th to bufs[i][offset:], its length to sizes[i].
+// It borrows bufs and sizes until it returns. A superpacket that does not fit whole is
+// continued by the next Read. A packet that cannot be sent is counted and skipped; the
+// only errors are those of the Source, which wrap [os.ErrClosed] after Close.
+func (r *Reader) Read(bufs [][]byte, sizes []int, offset int) (n int, err error) {
+	r.mu.Lock()
+	n, err = r.read(bufs, sizes, offset)
+	r.mu.Unlock()
+	if r.w.closed.Load() {
+		r.release() // Close may have met this Read and left it to us
+	}
+	return n, err
+}
+
+func (r *Reader) read(bufs [][]byte, sizes []int, offset int) (n int, err error) {
+	if len(bufs) == 0 {
+		return 0, nil
+	}
+	for n == 0 {
+		if r.w.closed.Load() {
+			return 0, fmt.Errorf("tunwrap: read: %w", os.ErrClosed)
+		}
+		if !r.seg.busy && r.head == r.tail {
+			if err = r.fetch(); err != nil {
+				return 0, fmt.Errorf("tunwrap: read: %w", err)
+			}
+		}
+		n = r.drain(bufs, sizes, offset)
+	}
+	r.w.outbound.add(&r.counts)
+	r.counts = outboundCounts{}
+	return n, nil
+}
+
+// fetch waits for packets and dequeues as many as there are.
+func (r *Reader) fetch() error {
+	n, err := r.source.Dequeue(r.queue)
+	r.head, r.tail = 0, n
+	return err
+}
+
+// drain writes what has been dequeued until bufs are full.
+func (r *Reader) drain(bufs [][]byte, sizes []int, offset int) (n int) {
+	nat := r.w.nat.Load()
+	for n < len(bufs) {
+		if r.seg.busy {
+			n += r.split(bufs[n:], sizes[n:], offset)
+			continue
+		}
+		if r.head == r.tail {
+			break
+		}
+		pkt := r.queue[r.head]
+		r.queue[r.head] = nil
+		r.head++
+		r.counts.packets++
+		n += r.send(pkt, nat, bufs[n][offset:], &sizes[n])
+	}
+	return n
+}
+
+// send takes pkt. A superpacket is made ready for split and nothing is written; any other
+// packet is written to dst. It returns the number of packets written.
+func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, dst []byte, size *int) int {
+	total := pkt.Size()
+	g := FromStack(pkt)
+	if g.Type != GSONone && total > int(g.GSOSize) {
+		if d := r.seg.load(r.viewsOf(pkt), total, g); d != DropNone {
+			r.w.drops.add(d)
+			pkt.DecRef()
+			return 0
+		}
+		if nat != nil {
+			nat.outbound(r.seg.headers(), &r.seg.layout, &r.seg.gso)
+		}
+		r.seg.prime()
+		r.current = pkt
+		if r.seg.left > int(g.GSOSize) {
+			r.counts.superpackets++
+		}
+		return 0
+	}
+
+	// Small enough to be one segment whatever its headers are.
+	g.Type = GSONone
+	d := DropOversize
+	if total <= len(dst) {
+		dst = dst[:total]
+		at := 0
+		for _, v := range r.viewsOf(pkt) {
+			at += copy(dst[at:], v)
+		}
+		d = finish(dst, &g, nat)
+	}
+	pkt.DecRef()
+	if d != DropNone {
+		r.w.drops.add(d)
+		return 0
+	}
+	*size = total
+	r.counts.segments++
+	r.counts.bytes += uint64(total)
+	return 1
+}
+
+// finish translates the whole packet b and finishes its checksum, in place.
+func finish(b []byte, g *GSO, nat *natTable) Drop {
+	if !g.NeedsCsum && nat == nil {
+		return DropNone
+	}
+	l, d := locate(b, len(b))
+	if d != DropNone {
+		return d
+	}
+	if g.NeedsCsum && g.CsumStart == 0 {
+		g.CsumStart = uint16(l.l4)
+	}
+	if nat != nil {
+		nat.outbound(b, &l, g)
+	}
+	if g.NeedsCsum {
+		return g.finishChecksum(b)
+	}
+	return DropNone
+}
+
+// split writes segments of the current superpacket and releases it after the last.
+func (r *Reader) split(bufs [][]byte, sizes []int, offset int) (n int) {
+	for r.seg.busy && n < len(bufs) {
+		size := r.seg.segmentLen()
+		if offset+size > len(bufs[n]) {
+			r.w.drops.add(DropOversize)
+			r.seg.drop()
+			continue
+		}
+		r.seg.next(bufs[n][offset:])
+		sizes[n] = size
+		r.counts.bytes += uint64(size)
+		n++
+	}
+	r.counts.segments += uint64(n)
+	if !r.seg.busy {
+		r.current.DecRef()
+		r.current = nil
+	}
+	return n
+}
+
+// viewsOf lends the bytes of pkt as they lie in its views, until the next call.
+func (r *Reader) viewsOf(pkt *stack.PacketBuffer) [][]byte {
+	r.views = r.views[:0]
+	list, skip := pkt.AsViewList()
+	for v := list.Front(); v != nil; v = v.Next() {
+		b := v.AsSlice()
+		if skip >= len(b) {
+			skip -= len(b)
+			continue
+		}
+		r.views = append(r.views, b[skip:])
+		skip = 0
+	}
+	return r.views
+}
+
+// release gives up everything in hand, unless a Read is in progress, which then does it
+// when it returns. It is called after Close.
+func (r *Reader) release() {
+	if !r.mu.TryLock() {
+		return
+	}
+	defer r.mu.Unlock()
+	if r.current != nil {
+		r.seg.reset()
+		r.current.DecRef()
+		r.current = nil
+		r.w.drops.add(DropClosed)
+	}
+	for ; r.head < r.tail; r.head++ {
+		r.queue[r.head].DecRef()
+		r.queue[r.head] = nil
+		r.w.drops.add(DropClosed)
+	}
+}
