@@ -12,8 +12,9 @@ import (
 type PacketConn interface {
 	// ReadBatch waits for datagrams and fills batch from its start. It borrows
 	// batch and the buffers in it until it returns n, the number of elements
-	// filled, at least 1 when err is nil. It returns [net.ErrClosed] after Close,
-	// and no other error ends the socket: anything else is worth a retry.
+	// filled, at least 1 when err is nil. Elements may have traded places, buffers
+	// included. It returns [net.ErrClosed] after Close, and no other error ends the
+	// socket: anything else is worth a retry. batch must not be empty.
 	ReadBatch(batch []Inbound) (n int, err error)
 
 	// WriteBatch sends the runs in order and returns how many of them were
@@ -35,16 +36,23 @@ type PacketConn interface {
 // can carry. The owner of the slices keeps them; see [PacketConn.WriteBatch].
 type Run struct {
 	Remote netip.AddrPort
+	// Local is the address to send from: that of [Inbound.Local], so that a host
+	// with several addresses answers from the one it was asked at. The zero Addr
+	// leaves it to the routing table, and so does an address that the host no
+	// longer has or of the wrong family.
+	Local netip.Addr
 	// Segments are the datagrams. len(Segments[0]) is the size of all but the
 	// last. There are at most [MaxRunSegments] of them, of at most [MaxRunBytes]
-	// bytes together.
+	// bytes together; a socket splits what exceeds its own limits. Segments that
+	// follow each other in memory without a gap are the cheapest to send.
 	Segments [][]byte
 }
 
 // Inbound is one receive: a buffer that ReadBatch fills with one datagram, or
 // with several of equal size that the kernel coalesced (UDP_GRO).
 type Inbound struct {
-	// Buf is the caller's; its capacity bounds a receive. 64 KiB never truncates.
+	// Buf is the caller's; its capacity bounds a receive. 64 KiB never truncates;
+	// what does not fit is dropped and counted.
 	Buf []byte
 	// N is the number of bytes received.
 	N int
@@ -53,8 +61,8 @@ type Inbound struct {
 	SegmentSize int
 	// Remote is the sender. An IPv4-mapped IPv6 address is unmapped.
 	Remote netip.AddrPort
-	// Local is the address the datagrams were sent to, without port; invalid when the
-	// system does not tell.
+	// Local is the address of this host that the datagrams were sent to; invalid
+	// when the system does not tell.
 	Local netip.Addr
 }
 
