@@ -1,0 +1,240 @@
+package config
+
+import (
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/penstock-vpn/penstock/netstack"
+)
+
+// Keys for tests, made by openssl genpkey -algorithm ed25519; nobody uses them.
+const (
+	keyA = "1H8JN55jI1BuO3AC/bkOhZJQ4Nu0ZJpqEhRFSD7cCiM="
+	pubA = "KYTCZ/1yUsxHH7mR6+KHQPVCCF5X/tkZ3lL5lc1VvoI="
+	pubB = "9X6xpawhNVFNlk2Z2t2O9JuOqVprb1T+FQbMzMJwIeo="
+	pubC = "9vUGHMkfbRRsQffXjFWv97VXQZgKDOXNLkbrCn2GeNM="
+)
+
+// whole has every key there is; TestWholeHasEveryKey sees to that.
+const whole = `
+[node]
+private_key_file = "a.key"
+address = ["10.66.0.1/24", "fd66::1/64"]
+listen = ["0.0.0.0:5182", "[::]:5182"]
+mtu = 1400
+control = "a.sock"
+cipher_suites = ["aes-256-gcm", "chacha20-poly1305"]
+log = "debug"
+log_format = "json"
+
+[[peer]]
+name = "b"
+public_key = "` + pubB + `"
+endpoint = "b.example.net:5182"
+allowed_ips = ["10.66.0.2/32", "fd66::2/128", "192.0.2.0/24"]
+known_as = ["198.51.100.9", "2001:db8::9"]
+
+[[peer]]
+public_key = "` + pubC + `"
+allowed_ips = "0.0.0.0/0"
+
+[[forward]]
+listen = "tcp 127.0.0.1:8080"
+to = "10.66.0.2:80"
+
+[[forward]]
+listen = "udp [::1]:53"
+to = "name.example.net:53"
+
+[[publish]]
+listen = "tcp 10.66.0.1:80"
+to = "127.0.0.1:8000"
+
+[[publish]]
+listen = "udp6 :53"
+to = "localhost:53"
+
+[dns]
+servers = ["10.66.0.2", "[fd66::2]:5353"]
+
+[offload]
+superpackets = false
+gso = false
+gro = true
+send_buffer = "4MiB"
+receive_buffer = 8388608
+max_segments = 32
+pacing_rate = "100MiB"
+
+[timing]
+handshake_retry = "500ms"
+handshake_retry_max = "10s"
+handshake_timeout = "5s"
+flight_interval = "100ms"
+dpd = "5s"
+dpd_timeout = "20s"
+keepalive = "off"
+rekey = "10m"
+rekey_records = 1000000
+overlap = "20s"
+`
+
+// minimal is the least a file must say.
+const minimal = `
+[node]
+private_key = "` + keyA + `"
+address = "10.66.0.1"
+`
+
+func testKeyFile(name string) ([]byte, fs.FileMode, error) {
+	if name == "a.key" {
+		return []byte(keyA + "\n"), 0o600, nil
+	}
+	return nil, 0, &fs.PathError{Op: "open", Path: name, Err: fs.ErrNotExist}
+}
+
+func TestWhole(t *testing.T) {
+	c, err := Parse("node.toml", []byte(whole), testKeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := func(s string) (k netstack.PublicKey) {
+		k, err := netstack.ParsePublicKey(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	private, err := netstack.ParsePrivateKey(keyA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	prefixes := func(s ...string) (ps []netip.Prefix) {
+		for _, s := range s {
+			ps = append(ps, netip.MustParsePrefix(s))
+		}
+		return ps
+	}
+	want := &Config{
+		File: "node.toml",
+		Node: Node{
+			PrivateKey:   private,
+			Addresses:    prefixes("10.66.0.1/24", "fd66::1/64"),
+			Listen:       []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:5182"), netip.MustParseAddrPort("[::]:5182")},
+			MTU:          1400,
+			Socket:       "a.sock",
+			CipherSuites: []netstack.CipherSuite{netstack.AES256GCM, netstack.ChaCha20Poly1305},
+			LogLevel:     -4,
+			LogFormat:    "json",
+		},
+		Peers: []Peer{
+			{Name: "b", PublicKey: key(pubB), Endpoint: "b.example.net:5182",
+				AllowedIPs: prefixes("10.66.0.2/32", "fd66::2/128", "192.0.2.0/24"),
+				KnownAs:    []netip.Addr{netip.MustParseAddr("198.51.100.9"), netip.MustParseAddr("2001:db8::9")}},
+			{PublicKey: key(pubC), AllowedIPs: prefixes("0.0.0.0/0")},
+		},
+		Forwards:  []Port{{"tcp", "127.0.0.1:8080", "10.66.0.2:80"}, {"udp", "[::1]:53", "name.example.net:53"}},
+		Publishes: []Port{{"tcp", "10.66.0.1:80", "127.0.0.1:8000"}, {"udp6", ":53", "localhost:53"}},
+		DNS:       []netip.AddrPort{netip.MustParseAddrPort("10.66.0.2:53"), netip.MustParseAddrPort("[fd66::2]:5353")},
+		Offload:   Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
+		Timing: netstack.Timing{
+			HandshakeRetry: 500 * time.Millisecond, HandshakeRetryMax: 10 * time.Second, HandshakeTimeout: 5 * time.Second,
+			FlightInterval: 100 * time.Millisecond, DPD: 5 * time.Second, DPDTimeout: 20 * time.Second,
+			Keepalive: -1, RekeyAfter: 10 * time.Minute, RekeyAfterRecords: 1000000, Overlap: 20 * time.Second,
+		},
+	}
+	if !reflect.DeepEqual(c, want) {
+		t.Errorf("got  %+v\nwant %+v", c, want)
+	}
+}
+
+func TestWholeHasEveryKey(t *testing.T) {
+	x, err := newIndex([]byte(whole))
+	if err != nil {
+		t.Fatal(err)
+	}
+	written := map[string]bool{}
+	for _, k := range x.keys {
+		written[subscript.ReplaceAllString(k, "")] = true
+	}
+	// Two ways to say the same; whole takes the other one.
+	written["node.private_key"] = true
+	for _, k := range Keys() {
+		if !written[k] {
+			t.Errorf("the configuration of this test lacks %s", k)
+		}
+	}
+}
+
+// TestTablesWrittenInAnyWay: TOML has several spellings for the same.
+func TestTablesWrittenInAnyWay(t *testing.T) {
+	want, err := Parse("node.toml", []byte(minimal+"listen = \":5182\"\n[[peer]]\npublic_key = \""+pubB+"\"\nallowed_ips = [\"10.66.0.2/32\"]\n"), testKeyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{
+		"peer = [{public_key = '" + pubB + "', allowed_ips = '10.66.0.2'}]\nnode = {private_key = '" + keyA + "', address = '10.66.0.1', listen = ':5182'}\n",
+		"node.private_key = '" + keyA + "'\nnode.address = ['10.66.0.1/32']\nnode.listen = '[::]:5182'\n[[peer]] # one\npublic_key = '''" + pubB + "'''\nallowed_ips = [\n# two\n'10.66.0.2'\n]\n",
+	} {
+		c, err := Parse("node.toml", []byte(text), testKeyFile)
+		if err != nil {
+			t.Errorf("%s\n%v", text, err)
+		} else if !reflect.DeepEqual(c, want) {
+			t.Errorf("%s\ngot  %+v\nwant %+v", text, c, want)
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string, mode fs.FileMode) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	write("a.key", keyA+"\n", 0o600)
+	c, err := Load(write("good.toml", whole, 0o644))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := c.Node.Socket, filepath.Join(dir, "a.sock"); got != want {
+		t.Errorf("control socket %q, want it beside the file: %q", got, want)
+	}
+	if len(c.Warnings) != 0 {
+		t.Errorf("warnings for a key of mode 0600 and a file without a key: %v", c.Warnings)
+	}
+	if runtime.GOOS != "windows" {
+		write("a.key", keyA, 0o644)
+		if c, err = Load(filepath.Join(dir, "good.toml")); err != nil {
+			t.Fatal(err)
+		}
+		if len(c.Warnings) != 1 || c.Warnings[0].Line != 3 || !strings.Contains(c.Warnings[0].Error(), "can be read by every user (mode 0644); expected 0600") {
+			t.Errorf("warnings for a key file of mode 0644: %v", c.Warnings)
+		}
+		if c, err = Load(write("inline.toml", minimal, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		if len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0].Error(), "holds the private key and can be read by every user") {
+			t.Errorf("warnings for a world-readable file with the key in it: %v", c.Warnings)
+		}
+	}
+	if _, err = Load(filepath.Join(dir, "none.toml")); !os.IsNotExist(err) {
+		t.Errorf("a file that is not there: %v", err)
+	}
+	if _, err = Load(dir); err == nil {
+		t.Error("a folder was read as a file")
+	}
+}

@@ -1,0 +1,240 @@
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/penstock-vpn/penstock/netstack"
+)
+
+const (
+	// minMTU4 is what every IPv4 host takes (RFC 791 3.1), minMTU6 what every IPv6
+	// link carries (RFC 8200 5).
+	minMTU4, minMTU6 = 576, 1280
+	// maxMTU leaves the type byte of a frame in a record of 2^14 bytes (RFC 5246 6.2.1).
+	maxMTU = 1<<14 - 1
+
+	// maxSocketPath is what sun_path holds on the narrowest system (104 bytes with
+	// the final zero on macOS and the BSDs; 108 on Linux).
+	maxSocketPath = 103
+)
+
+const (
+	wantAddress = `an address with its prefix, such as "10.66.0.1/24" or "fd66::1/64"`
+	wantListen  = `an address and a port of this machine, such as "0.0.0.0:5182" or "[::]:5182"`
+	wantKey64   = "44 characters of base64, as penstock genkey prints them"
+)
+
+var suites = map[string]netstack.CipherSuite{
+	"aes-128-gcm":       netstack.AES128GCM,
+	"aes-256-gcm":       netstack.AES256GCM,
+	"chacha20-poly1305": netstack.ChaCha20Poly1305,
+}
+
+func (r *reader) node(raw *rawNode, keyFile KeyFile) (n Node) {
+	n.PrivateKey = r.privateKey(raw, keyFile)
+	n.Addresses = r.addresses(raw.Address)
+	n.Listen = r.listen(raw.Listen)
+
+	least := int64(minMTU4)
+	for _, a := range n.Addresses {
+		if a.Addr().Is6() {
+			least = minMTU6
+		}
+	}
+	n.MTU = int(r.integer("node.mtu", raw.MTU, least, maxMTU))
+
+	n.Socket, _ = r.text("node.control", raw.Control, "the path of a Unix socket")
+	if len(n.Socket) > maxSocketPath {
+		r.wrong("node.control", fmt.Sprintf("is %d bytes long", len(n.Socket)), fmt.Sprintf("a path of at most %d bytes", maxSocketPath))
+	}
+	if strings.ContainsRune(n.Socket, 0) {
+		r.wrong("node.control", "has a zero byte in it", "the path of a Unix socket")
+	}
+
+	const wantSuite = "aes-128-gcm, aes-256-gcm or chacha20-poly1305"
+	for _, it := range r.texts("node.cipher_suites", raw.CipherSuites, wantSuite) {
+		s, ok := suites[it.text]
+		if !ok {
+			r.wrong(it.path, quoted(it.text)+" is not a cipher suite", wantSuite)
+			continue
+		}
+		for _, before := range n.CipherSuites {
+			if s == before {
+				r.wrong(it.path, quoted(it.text)+" is there twice", "each suite once")
+			}
+		}
+		n.CipherSuites = append(n.CipherSuites, s)
+	}
+
+	const wantLog = "debug, info, warn or error"
+	if s, ok := r.text("node.log", raw.Log, wantLog); ok {
+		if n.LogLevel, ok = LogLevel(s); !ok {
+			r.wrong("node.log", quoted(s)+" is not a level", wantLog)
+		}
+	}
+	const wantFormat = "text or json"
+	n.LogFormat = "text"
+	if s, ok := r.text("node.log_format", raw.LogFormat, wantFormat); ok {
+		if n.LogFormat = s; s != "text" && s != "json" {
+			r.wrong("node.log_format", quoted(s)+" is not a format", wantFormat)
+		}
+	}
+	return n
+}
+
+// privateKey reads the key, or the file it is in. No message shows any part of
+// it, not even of a text that only tries to be one.
+func (r *reader) privateKey(raw *rawNode, keyFile KeyFile) (k netstack.PrivateKey) {
+	text, inline := r.text("node.private_key", raw.PrivateKey, wantKey64)
+	name, byFile := r.text("node.private_key_file", raw.PrivateKeyFile, "the path of a file")
+	path := "node.private_key"
+	switch {
+	case inline && byFile:
+		r.wrong("node.private_key_file", "is there beside private_key", "one of the two")
+		return k
+	case raw.PrivateKey == nil && raw.PrivateKeyFile == nil:
+		r.wrong(path, "is missing", wantKey64+", or private_key_file")
+		return k
+	case byFile:
+		path = "node.private_key_file"
+		data, mode, err := keyFile(name)
+		if err != nil {
+			r.wrong(path, err.Error(), "a file with the private key")
+			return k
+		}
+		if othersRead(mode) {
+			r.warn(path, fmt.Sprintf("%s can be read by every user (mode %04o)", quoted(name), mode.Perm()), "0600")
+		}
+		text = string(data)
+	case !inline:
+		return k
+	}
+	k, err := netstack.ParsePrivateKey(text)
+	if err != nil {
+		r.wrong(path, "is not a key", wantKey64)
+	} else if k.IsZero() {
+		r.wrong(path, "is all zero", wantKey64)
+	}
+	return k
+}
+
+// addresses reads node.address.
+func (r *reader) addresses(v any) (addresses []netip.Prefix) {
+	items := r.texts("node.address", v, wantAddress)
+	if len(items) == 0 && r.empty(v) {
+		r.wrong("node.address", "is missing", wantAddress)
+	}
+	seen := map[netip.Addr]string{}
+	for _, it := range items {
+		p, problem := parsePrefix(it.text)
+		switch {
+		case problem != "":
+			r.wrong(it.path, quoted(it.text)+" "+problem, wantAddress)
+		case unusable(p.Addr()) != "":
+			r.wrong(it.path, quoted(it.text)+" is "+unusable(p.Addr()), wantAddress)
+		case seen[p.Addr()] != "":
+			r.wrong(it.path, quoted(it.text)+" is there twice", "each address once")
+		default:
+			seen[p.Addr()] = it.path
+			addresses = append(addresses, p)
+		}
+	}
+	return addresses
+}
+
+// listen reads node.listen.
+func (r *reader) listen(v any) (listen []netip.AddrPort) {
+	seen := map[netip.AddrPort]bool{}
+	for _, it := range r.texts("node.listen", v, wantListen) {
+		text := it.text
+		if strings.HasPrefix(text, ":") {
+			text = "[::]" + text
+		}
+		ap, err := netip.ParseAddrPort(text)
+		switch {
+		case err != nil:
+			r.wrong(it.path, quoted(it.text)+" is not an address and a port", wantListen)
+		case ap.Addr().IsMulticast(), ap.Addr().Is4In6():
+			r.wrong(it.path, quoted(it.text)+" is no address of a machine", wantListen)
+		case ap.Port() != 0 && seen[ap]:
+			r.wrong(it.path, quoted(it.text)+" is there twice", "each socket once")
+		default:
+			seen[ap] = true
+			listen = append(listen, ap)
+		}
+	}
+	return listen
+}
+
+// empty tells whether v is absent or an empty list: not there, rather than
+// wrong.
+func (r *reader) empty(v any) bool {
+	list, isList := v.([]any)
+	return v == nil || isList && len(list) == 0
+}
+
+func (r *reader) timing(raw *rawTiming) (t netstack.Timing) {
+	const ms, s, m, h = time.Millisecond, time.Second, time.Minute, time.Hour
+	t.HandshakeRetry = r.duration("timing.handshake_retry", raw.HandshakeRetry, 10*ms, h, false)
+	t.HandshakeRetryMax = r.duration("timing.handshake_retry_max", raw.HandshakeRetryMax, 10*ms, 24*h, false)
+	t.HandshakeTimeout = r.duration("timing.handshake_timeout", raw.HandshakeTimeout, 100*ms, 10*m, false)
+	t.FlightInterval = r.duration("timing.flight_interval", raw.FlightInterval, 10*ms, m, false)
+	t.DPD = r.duration("timing.dpd", raw.DPD, 100*ms, h, false)
+	t.DPDTimeout = r.duration("timing.dpd_timeout", raw.DPDTimeout, 200*ms, 24*h, false)
+	t.Keepalive = r.duration("timing.keepalive", raw.Keepalive, 100*ms, 24*h, true)
+	t.RekeyAfter = r.duration("timing.rekey", raw.Rekey, s, 7*24*h, false)
+	// 2^28 is the most that RFC 8446 5.5 allows AES-GCM with records of our size.
+	t.RekeyAfterRecords = uint64(r.integer("timing.rekey_records", raw.RekeyRecords, 1000, 1<<28))
+	t.Overlap = r.duration("timing.overlap", raw.Overlap, 100*ms, 10*m, false)
+
+	if t.DPD != 0 && t.DPDTimeout != 0 && t.DPDTimeout <= t.DPD {
+		r.wrong("timing.dpd_timeout", fmt.Sprintf("%v is not longer than dpd, %v", t.DPDTimeout, t.DPD), "time for a question and its answer")
+	}
+	if t.HandshakeRetry != 0 && t.HandshakeRetryMax != 0 && t.HandshakeRetryMax < t.HandshakeRetry {
+		r.wrong("timing.handshake_retry_max", fmt.Sprintf("%v is shorter than handshake_retry, %v", t.HandshakeRetryMax, t.HandshakeRetry), "the longest of the pauses")
+	}
+	return t
+}
+
+// parsePrefix reads an address with or without a prefix length; problem says why
+// it is none.
+func parsePrefix(s string) (p netip.Prefix, problem string) {
+	p, err := netip.ParsePrefix(s)
+	if err != nil {
+		a, err := netip.ParseAddr(s)
+		if err != nil {
+			return p, "is not an address"
+		}
+		if a.Zone() != "" {
+			return p, "has a zone, which means nothing inside the VPN"
+		}
+		p = netip.PrefixFrom(a, a.BitLen())
+	}
+	if p.Addr().Is4In6() {
+		return p, "is an IPv4 address written as IPv6"
+	}
+	return p, ""
+}
+
+// unusable says why a cannot be the address of one host inside the VPN; "" when
+// it can.
+func unusable(a netip.Addr) string {
+	switch {
+	case a.IsUnspecified():
+		return "the unspecified address"
+	case a.IsMulticast():
+		return "a multicast address"
+	case a.IsLoopback():
+		return "a loopback address"
+	case a == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return "the broadcast address"
+	case a.Zone() != "":
+		return "an address with a zone"
+	case a.Is4In6():
+		return "an IPv4 address written as IPv6"
+	}
+	return ""
+}

@@ -1,0 +1,219 @@
+package config
+
+import (
+	"reflect"
+	"regexp"
+	"strings"
+
+	"github.com/pelletier/go-toml/v2/unstable"
+)
+
+// rawFile is the file as go-toml decodes it. Leaves are of type any, so that a
+// value of the wrong type is one mistake among others instead of the only one.
+type rawFile struct {
+	Node    rawNode    `toml:"node"`
+	Peer    []rawPeer  `toml:"peer"`
+	Forward []rawPort  `toml:"forward"`
+	Publish []rawPort  `toml:"publish"`
+	DNS     rawDNS     `toml:"dns"`
+	Offload rawOffload `toml:"offload"`
+	Timing  rawTiming  `toml:"timing"`
+}
+
+type rawNode struct {
+	PrivateKey     any `toml:"private_key"`
+	PrivateKeyFile any `toml:"private_key_file"`
+	Address        any `toml:"address"`
+	Listen         any `toml:"listen"`
+	MTU            any `toml:"mtu"`
+	Control        any `toml:"control"`
+	CipherSuites   any `toml:"cipher_suites"`
+	Log            any `toml:"log"`
+	LogFormat      any `toml:"log_format"`
+}
+
+type rawPeer struct {
+	Name       any `toml:"name"`
+	PublicKey  any `toml:"public_key"`
+	Endpoint   any `toml:"endpoint"`
+	AllowedIPs any `toml:"allowed_ips"`
+	KnownAs    any `toml:"known_as"`
+}
+
+type rawPort struct {
+	Listen any `toml:"listen"`
+	To     any `toml:"to"`
+}
+
+type rawDNS struct {
+	Servers any `toml:"servers"`
+}
+
+type rawOffload struct {
+	Superpackets  any `toml:"superpackets"`
+	GSO           any `toml:"gso"`
+	GRO           any `toml:"gro"`
+	SendBuffer    any `toml:"send_buffer"`
+	ReceiveBuffer any `toml:"receive_buffer"`
+	MaxSegments   any `toml:"max_segments"`
+	PacingRate    any `toml:"pacing_rate"`
+}
+
+type rawTiming struct {
+	HandshakeRetry    any `toml:"handshake_retry"`
+	HandshakeRetryMax any `toml:"handshake_retry_max"`
+	HandshakeTimeout  any `toml:"handshake_timeout"`
+	FlightInterval    any `toml:"flight_interval"`
+	DPD               any `toml:"dpd"`
+	DPDTimeout        any `toml:"dpd_timeout"`
+	Keepalive         any `toml:"keepalive"`
+	Rekey             any `toml:"rekey"`
+	RekeyRecords      any `toml:"rekey_records"`
+	Overlap           any `toml:"overlap"`
+}
+
+// table is what the schema knows of one table of the file.
+type table struct {
+	name string
+	many bool // [[name]]
+	keys []string
+}
+
+// schema are the tables of a file, read off rawFile.
+var schema = func() (tables []table) {
+	file := reflect.TypeFor[rawFile]()
+	for i := range file.NumField() {
+		f := file.Field(i)
+		t := table{name: f.Tag.Get("toml"), many: f.Type.Kind() == reflect.Slice}
+		fields := f.Type
+		if t.many {
+			fields = fields.Elem()
+		}
+		for j := range fields.NumField() {
+			t.keys = append(t.keys, fields.Field(j).Tag.Get("toml"))
+		}
+		tables = append(tables, t)
+	}
+	return tables
+}()
+
+// Keys are all keys a file may have, "peer.allowed_ips" for one, in the order
+// of the documentation.
+func Keys() (keys []string) {
+	for _, t := range schema {
+		for _, k := range t.keys {
+			keys = append(keys, t.name+"."+k)
+		}
+	}
+	return keys
+}
+
+var subscript = regexp.MustCompile(`\[\d+\]`)
+
+// checkKeys reports every key that the schema does not know, with the nearest
+// that it does.
+func (r *reader) checkKeys() {
+	known := map[string]bool{}
+	var tables []string
+	for _, t := range schema {
+		known[t.name] = true
+		tables = append(tables, t.name)
+		for _, k := range t.keys {
+			known[t.name+"."+k] = true
+		}
+	}
+	for _, path := range r.index.keys {
+		plain := subscript.ReplaceAllString(path, "")
+		inside, key, nested := strings.Cut(plain, ".")
+		switch {
+		case known[plain], known[inside] && strings.Contains(key, "."):
+			continue // a leaf written as a table is a mistake of type, found later
+		case !known[inside] && nested:
+			continue // its table is the mistake
+		case !nested:
+			r.wrongAt(path, "", "unknown key "+quoted(plain), wantKey(plain, "", tables))
+		default:
+			r.wrongAt(path, inside, "unknown key "+quoted(key), wantKey(key, inside, tables))
+		}
+	}
+}
+
+// wantKey says which key was meant: one of the same table, a table, or the same
+// key of another table.
+func wantKey(key, inside string, tables []string) string {
+	candidates := tables
+	for _, t := range schema {
+		if t.name == inside {
+			candidates = t.keys
+		}
+	}
+	if n := nearest(key, candidates); n != "" {
+		return n
+	}
+	for _, t := range schema {
+		for _, k := range t.keys {
+			if k == key {
+				return k + " in " + header(t)
+			}
+		}
+	}
+	return "one of " + strings.Join(candidates, ", ")
+}
+
+// checkTables reports every table that is none, and [x] where [[x]] is meant or
+// the other way round.
+func (r *reader) checkTables() {
+	for _, t := range schema {
+		kind, written := r.index.kinds[t.name]
+		if !written {
+			continue
+		}
+		switch {
+		case t.many && kind == unstable.Array:
+			for n := 0; ; n++ {
+				p := element(t.name, n)
+				kind, written := r.index.kinds[p]
+				if !written {
+					break
+				}
+				if kind != unstable.InlineTable && kind != unstable.Table {
+					r.wrong(p, "is "+kindName(kind), "a table, {...}")
+				}
+			}
+		case t.many && kind != unstable.ArrayTable:
+			r.wrong(t.name, "is "+kindName(kind), header(t)+", in two brackets, since there may be several")
+		case !t.many && kind == unstable.ArrayTable:
+			r.wrong(t.name, "is in two brackets", header(t)+", since there is only one")
+		case !t.many && kind != unstable.Table && kind != unstable.InlineTable:
+			r.wrong(t.name, "is "+kindName(kind), "a table, "+header(t))
+		}
+	}
+}
+
+func header(t table) string {
+	if t.many {
+		return "[[" + t.name + "]]"
+	}
+	return "[" + t.name + "]"
+}
+
+func kindName(k unstable.Kind) string {
+	switch k {
+	case unstable.Table, unstable.InlineTable:
+		return "a table"
+	case unstable.ArrayTable:
+		return "a list of tables"
+	case unstable.Array:
+		return "a list"
+	case unstable.String:
+		return "a string"
+	case unstable.Bool:
+		return "true or false"
+	case unstable.Integer:
+		return "an integer"
+	case unstable.Float:
+		return "a number with a fraction"
+	default:
+		return "a date or a time"
+	}
+}
