@@ -89,6 +89,15 @@ func parseRecordHeader(b []byte) (recordHeader, bool) {
 	return h, true
 }
 
+// appendRecordHeader appends a header. It is for the records that are not sealed;
+// [sealer.seal] writes its own.
+func appendRecordHeader(b []byte, typ contentType, version, epoch uint16, seq uint64, length int) []byte {
+	b = append(b, byte(typ))
+	b = binary.BigEndian.AppendUint16(b, version)
+	b = binary.BigEndian.AppendUint64(b, uint64(epoch)<<48|seq&maxSequence)
+	return binary.BigEndian.AppendUint16(b, uint16(length))
+}
+
 // nextRecord cuts the first record off a datagram: record is header and body,
 // rest what follows. Both lie in datagram, record is cut at full capacity. With ok
 // false the rest of the datagram is not made of records and is to be dropped.

@@ -21,14 +21,15 @@ type suiteParams struct {
 	ivLen  int    // bytes of fixed IV: 4 with GCM (RFC 5288 3), 12 with ChaCha20 (RFC 7905 2)
 	hash   func() hash.Hash
 	aead   func(key []byte) (cipher.AEAD, error)
+	psk    bool // plain pre-shared key (RFC 5487) in place of ECDHE and certificates
 }
 
 // suites are the cipher suites of this package, in the order that suits a
 // CPU with AES instructions.
 var suites = []suiteParams{
-	{AES128GCM, "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", 16, 4, sha256.New, newAESGCM},
-	{AES256GCM, "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384", 32, 4, sha512.New384, newAESGCM},
-	{ChaCha20Poly1305, "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256", 32, 12, sha256.New, chacha20poly1305.New},
+	{AES128GCM, "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", 16, 4, sha256.New, newAESGCM, false},
+	{AES256GCM, "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384", 32, 4, sha512.New384, newAESGCM, false},
+	{ChaCha20Poly1305, "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256", 32, 12, sha256.New, chacha20poly1305.New, false},
 }
 
 func newAESGCM(key []byte) (cipher.AEAD, error) {

@@ -1,0 +1,83 @@
+package transport
+
+import (
+	"sync"
+	"time"
+
+	"github.com/pion/dtls/v2"
+)
+
+// session is the result of a handshake: the keys of an association and the peer
+// that it is with.
+type session struct {
+	suite     CipherSuite
+	remote    PublicKey // proved by the handshake and passed by verify
+	initiator bool      // we were the client
+	sealer    sealer
+	opener    opener
+	// nextSeq is the first sequence number for the sealer's owner; those below
+	// belong to pion. Numbers run from here to maxSequence and are never used twice.
+	nextSeq uint64
+
+	conn *handshakeConn
+
+	retireOnce sync.Once
+	expire     *time.Timer
+	pion       *dtls.Conn // nil once retired
+	retired    chan struct{}
+}
+
+func newSession(keys *keyPair, remote PublicKey, isClient bool, pion *dtls.Conn, conn *handshakeConn) *session {
+	s := &session{
+		suite:     keys.suite,
+		remote:    remote,
+		initiator: isClient,
+		sealer:    keys.sealer,
+		opener:    keys.opener,
+		nextSeq:   conn.establish(finishedGap),
+		conn:      conn,
+		pion:      pion,
+		retired:   make(chan struct{}),
+	}
+	if !isClient {
+		s.expire = time.AfterFunc(lastFlightTime, func() { s.retire() })
+	}
+	return s
+}
+
+// handshakeRecord gives pion a datagram with records of type handshake that came after the
+// handshake: the client repeats its Finished because it missed ours (RFC 6347
+// 4.2.4), and pion repeats the last flight. It borrows datagram and reports whether
+// there was anything in it for pion; false is to be counted.
+func (s *session) handshakeRecord(datagram []byte) bool { return s.conn.push(datagram) }
+
+// takeEarly gives the application records that came between the end of the handshake and now,
+// whole and still sealed, in order. The caller owns them. From now on none are kept.
+func (s *session) takeEarly() [][]byte { return s.conn.takeEarly() }
+
+// retire lets go of pion: nothing of it reaches the wire from the moment retire
+// returns, not even a close_notify, and its goroutines end. It does not wait for them, as pion
+// may sleep for up to one flight interval: the channel returned is closed when they have ended.
+// It may be called any number of times, from any goroutine.
+//
+// A client's session is retired from the start: the server's Finished proves that the server has
+// ours. A server's is to be retired when the first application record from
+// the peer has been opened, which proves that the client has our Finished. It
+// retires by itself after [lastFlightTime].
+func (s *session) retire() <-chan struct{} {
+	s.retireOnce.Do(func() {
+		if s.expire != nil {
+			s.expire.Stop()
+		}
+		s.conn.mute()
+		go s.closePion()
+	})
+	return s.retired
+}
+
+func (s *session) closePion() {
+	defer close(s.retired)
+	// Its error is that of the muted connection.
+	_ = s.pion.Close()
+	s.pion = nil
+}
