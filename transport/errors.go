@@ -10,3 +10,14 @@ var (
 	// ErrClosed: the transport was closed.
 	ErrClosed = errors.New("transport closed")
 )
+
+// Reasons why a handshake ended. They reach people through PeerStatus.LastError.
+var (
+	errUnknownPeer = errors.New("its key is no peer's")
+	errOtherKey    = errors.New("answered with another key")
+	errNoAnswer    = errors.New("no answer")
+	errBusy        = errors.New("a handshake with this address is under way")
+	errYielded     = errors.New("yielded to the peer's own call")
+	errEvicted     = errors.New("too many half-open handshakes")
+	errReplaced    = errors.New("the remote started anew")
+)

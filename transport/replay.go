@@ -49,3 +49,6 @@ func (w *replayWindow) mark(seq uint64) (newest bool) {
 	w.seen[word] |= bit
 	return newest
 }
+
+// ahead tells whether seq is newer than every record marked.
+func (w *replayWindow) ahead(seq uint64) bool { return seq > w.newest }

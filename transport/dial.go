@@ -1,0 +1,161 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// resolveEndpoint is the default of Config.ResolveEndpoint: the system's
+// resolver, all addresses.
+func resolveEndpoint(endpoint string) ([]netip.AddrPort, error) {
+	host, port, err := net.SplitHostPort(endpoint)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	portNumber, err := net.DefaultResolver.LookupPort(ctx, "udp", port)
+	if err != nil {
+		return nil, err
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	remotes := make([]netip.AddrPort, len(ips))
+	for i, ip := range ips {
+		remotes[i] = netip.AddrPortFrom(ip.Unmap(), uint16(portNumber))
+	}
+	return remotes, nil
+}
+
+// startDial runs a handshake with p in a goroutine of its own.
+func (t *Transport) startDial(p *peer) {
+	t.spawn(func() { p.dialDone(t.dial(p)) })
+}
+
+// dial tries p's addresses one after the other. An endpoint's name is resolved
+// anew each time; for a rekey the address where the peer is comes first.
+func (t *Transport) dial(p *peer) error {
+	remotes, err := t.dialTargets(p)
+	if err != nil {
+		return err
+	}
+	patience := t.cfg.Timing.HandshakeTimeout / time.Duration(min(len(remotes), 3))
+	var errs []error
+	for _, remote := range remotes {
+		ctx, cancel := context.WithTimeout(t.ctx, patience)
+		err := t.call(ctx, p, remote)
+		cancel()
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, fmt.Errorf("%v: %w", remote, err))
+		if t.ctx.Err() != nil || errors.Is(err, errYielded) {
+			break
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (t *Transport) dialTargets(p *peer) ([]netip.AddrPort, error) {
+	var remotes []netip.AddrPort
+	s := p.slots.Load()
+	if a := s.newest(); a != nil {
+		remotes = append(remotes, a.path.Load().remote)
+	}
+	if p.cfg.Endpoint == "" {
+		return remotes, nil
+	}
+	resolved, err := t.cfg.ResolveEndpoint(p.cfg.Endpoint)
+	if err != nil && len(remotes) == 0 {
+		return nil, fmt.Errorf("endpoint %s: %w", p.cfg.Endpoint, err)
+	}
+	for _, r := range resolved {
+		if !slices.Contains(remotes, r) && t.socketFor(r) != nil {
+			remotes = append(remotes, r)
+		}
+	}
+	if len(remotes) == 0 {
+		return nil, fmt.Errorf("endpoint %s: no socket of ours reaches any of %v", p.cfg.Endpoint, resolved)
+	}
+	return remotes, nil
+}
+
+// call runs one handshake as the DTLS client and installs what comes of it.
+func (t *Transport) call(ctx context.Context, p *peer, remote netip.AddrPort) error {
+	conn := t.socketFor(remote)
+	if conn == nil {
+		return errors.New("no socket of ours reaches it")
+	}
+	at := &path{conn: conn, remote: remote}
+	ctx, abandon := context.WithCancelCause(ctx)
+	defer abandon(nil)
+	hc := newHandshakeConn(conn.LocalAddr(), remote, func(d []byte) { t.sendDatagram(at, d) })
+	pend := &pending{conn: hc, callee: p, abandon: abandon}
+	if err := t.halfOpen.addCall(remote, pend); err != nil {
+		hc.Close()
+		return err
+	}
+	s, err := t.handshaker.client(ctx, hc, func(k PublicKey) error {
+		if k != p.key {
+			return fmt.Errorf("%w: %v", errOtherKey, k)
+		}
+		return nil
+	})
+	t.halfOpen.remove(remote, pend)
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, errOtherKey) {
+			err = handshakeCause(cause)
+		}
+		return err
+	}
+	return t.install(p, s, at)
+}
+
+// handshakeCause turns the end of a handshake's context into words.
+func handshakeCause(cause error) error {
+	if errors.Is(cause, context.DeadlineExceeded) {
+		return errNoAnswer
+	}
+	return cause
+}
+
+// serve runs one handshake as the DTLS server. pend is in the half-open table
+// already; it stays there until the association is confirmed, so that pion can
+// repeat its last flight.
+func (t *Transport) serve(ctx context.Context, pend *pending, at *path) {
+	s, err := t.handshaker.server(ctx, pend.conn, t.knownPeer)
+	if err != nil {
+		t.halfOpen.remove(at.remote, pend)
+		t.log.Debug("handshake from stranger failed", "remote", at.remote, "err", err)
+		return
+	}
+	p := t.peerByKey(s.remote)
+	if p == nil || !t.halfOpen.completed(at.remote, pend, s) || t.install(p, s, at) != nil {
+		t.halfOpen.remove(at.remote, pend)
+		t.retire(s)
+	}
+}
+
+// install gives a completed handshake to its peer, and the pump's work to the
+// records that came before it was complete here.
+func (t *Transport) install(p *peer, s *session, at *path) error {
+	if err := p.install(s, at); err != nil {
+		t.retire(s)
+		return err
+	}
+	if early := s.takeEarly(); len(early) > 0 {
+		in := newInbound(t, at.conn)
+		for _, record := range early {
+			in.single(p, *at, record)
+		}
+		in.deliver()
+	}
+	return nil
+}

@@ -1,0 +1,350 @@
+package transport
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"time"
+
+	"github.com/gaissmai/bart"
+	"golang.org/x/time/rate"
+)
+
+const (
+	// receiveBatch is the number of receives in one system call. Each has a buffer
+	// of receiveBuffer bytes, which never truncates a coalesced receive.
+	receiveBatch  = 16
+	receiveBuffer = 64 << 10
+	// deviceOffset is the room that Device.Write finds before each packet: what the
+	// shortest record header and the frame type have left, enough for a virtio-net header.
+	deviceOffset = recordHeaderSize + frameHeaderSize
+	// trialRate bounds the records from unknown addresses that are tried against every
+	// association, in opens per second: about a hundredth of a core.
+	trialRate = 10000
+	// searchRate bounds the records from unknown addresses for which the peers are
+	// looked through at all, per second. What a flood starves of this finds its
+	// peer again by a new handshake.
+	searchRate = 500
+)
+
+// inboundPump carries packets from one socket to the Device until the socket is
+// closed.
+func (t *Transport) inboundPump(conn PacketConn) {
+	in, batch := newInbound(t, conn), newBatch()
+	for {
+		n, err := conn.ReadBatch(batch)
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			t.log.Debug("receive failed", "local", conn.LocalAddr(), "err", err)
+			time.Sleep(time.Millisecond) // an error that stays must not burn a core
+			continue
+		}
+		in.receive(batch[:n])
+	}
+}
+
+// inbound is a pump's scratch.
+type inbound struct {
+	t       *Transport
+	conn    PacketConn
+	packets [][]byte // for Device.Write; slices of the receive buffers
+	scratch cryptoScratch
+	second  []byte // a record's copy, for a second try
+	trials  *rate.Limiter
+	search  *rate.Limiter
+	now     int64
+
+	held    *association // whose inMu is held
+	heard   bool         // held has opened a record in this receive
+	newest  bool         // and one newer than any before
+	counted struct{ packets, bytes int }
+
+	lastSource netip.Addr         // last source found to be allowed
+	lastPeer   *peer              // for this peer
+	lastFrom   *bart.Table[*peer] // in this table
+	later      []func()           // what must wait until inMu is released
+}
+
+func newInbound(t *Transport, conn PacketConn) *inbound {
+	in := &inbound{
+		t: t, conn: conn,
+		packets: make([][]byte, 0, receiveBatch*MaxRunSegments),
+		second:  make([]byte, receiveBuffer),
+		trials:  rate.NewLimiter(trialRate, trialRate/10),
+		search:  rate.NewLimiter(searchRate, searchRate/5),
+	}
+	return in
+}
+
+// newBatch makes the receive buffers of a pump.
+func newBatch() []Inbound {
+	batch := make([]Inbound, receiveBatch)
+	for i := range batch {
+		batch[i].Buf = make([]byte, receiveBuffer)
+	}
+	return batch
+}
+
+// receive deals with one batch of the socket.
+func (in *inbound) receive(batch []Inbound) {
+	in.now = in.t.clock.now()
+	for i := range batch {
+		in.message(&batch[i])
+	}
+	in.deliver()
+}
+
+// deliver gives the packets to the Device; they are valid until the buffers are
+// received into again.
+func (in *inbound) deliver() {
+	if len(in.packets) == 0 {
+		return
+	}
+	n, err := in.t.cfg.Device.Write(in.packets, deviceOffset)
+	if err != nil && n < len(in.packets) {
+		in.t.drops.add(DropDevice, len(in.packets)-n)
+	}
+	in.packets = in.packets[:0]
+}
+
+// single deals with one datagram outside the pump.
+func (in *inbound) single(p *peer, at path, datagram []byte) {
+	in.now = in.t.clock.now()
+	in.datagram(p, at, datagram)
+	in.release(at)
+}
+
+// message deals with one receive: datagrams of one remote.
+func (in *inbound) message(m *Inbound) {
+	p := in.t.remotes.get(m.Remote)
+	at := path{conn: in.conn, remote: m.Remote, local: m.Local}
+	size := max(m.SegmentSize, 1)
+	for off := 0; off < m.N; off += size {
+		in.datagram(p, at, m.Buf[off:min(off+size, m.N)])
+	}
+	in.release(at)
+}
+
+// release lets go of the association held and does what had to wait for that.
+func (in *inbound) release(at path) {
+	a := in.held
+	if a == nil {
+		return
+	}
+	in.held = nil
+	a.inMu.Unlock()
+	p := a.peer
+	p.in.add(in.counted.packets, in.counted.bytes)
+	in.counted.packets, in.counted.bytes = 0, 0
+	if in.heard {
+		a.lastInbound.Store(in.now)
+		p.lastInbound.Store(in.now)
+		if in.newest && *a.path.Load() != at {
+			p.roam(a, &at)
+		}
+		if a.lingering.Load() {
+			p.confirm(a)
+		}
+	}
+	in.heard, in.newest = false, false
+	for _, do := range in.later {
+		do()
+	}
+	in.later = in.later[:0]
+}
+
+func (in *inbound) datagram(p *peer, at path, d []byte) {
+	for rest := d; len(rest) > 0; {
+		hdr, record, after, ok := nextRecord(rest)
+		if !ok {
+			in.t.drops.add(DropMalformed, 1)
+			return
+		}
+		if hdr.typ != contentApplicationData && (hdr.epoch == 0 || hdr.typ != contentAlert) {
+			in.release(at)
+			in.t.handshakeDatagram(at, rest, p)
+			return
+		}
+		in.protected(p, at, hdr, record)
+		rest = after
+	}
+}
+
+// protected opens a record of the traffic keys.
+func (in *inbound) protected(p *peer, at path, hdr recordHeader, record []byte) {
+	if hdr.epoch == 0 {
+		in.t.drops.add(DropMalformed, 1)
+		return
+	}
+	if p == nil {
+		if !in.early(at, record) {
+			in.stranger(at, hdr, record)
+		}
+		return
+	}
+	s := p.slots.Load()
+	if a := s.single(); a != nil {
+		in.count(in.open(a, at, hdr, record))
+		return
+	}
+	// Two or three associations are alive, a rekey is under way: the record does
+	// not say whose it is, and a failed open destroys it.
+	copied := in.second[:copy(in.second, record)]
+	worst := opened
+	for a := range s.each {
+		got := in.open(a, at, hdr, record)
+		if got == opened {
+			return
+		}
+		if got == forged {
+			copy(record, copied)
+		}
+		worst = max(worst, got)
+	}
+	in.count(worst)
+}
+
+// early keeps a record that may belong to a handshake just ending here: the
+// client has our last flight and sends, we are not done with it yet. During a rekey nothing need
+// be kept: the client goes on under the old association until we have answered.
+func (in *inbound) early(at path, record []byte) bool {
+	pend := in.t.halfOpen.get(at.remote)
+	return pend != nil && pend.conn.push(record)
+}
+
+// stranger looks for the association of a record from an address where no peer
+// is known: a peer behind a NAT that has given it another port, or on another
+// network. Only associations for which the record would be the newest are tried.
+func (in *inbound) stranger(at path, hdr recordHeader, record []byte) {
+	in.release(at)
+	now := time.Now()
+	if !in.search.AllowN(now, 1) {
+		in.t.drops.add(DropTrialLimit, 1)
+		return
+	}
+	copied := in.second[:copy(in.second, record)]
+	for _, p := range *in.t.searchList.Load() {
+		for a := range p.slots.Load().each {
+			a.inMu.Lock()
+			fits := a.replay.ahead(hdr.seq)
+			a.inMu.Unlock()
+			if !fits {
+				continue
+			}
+			if !in.trials.AllowN(now, 1) {
+				in.t.drops.add(DropTrialLimit, 1)
+				return
+			}
+			if in.open(a, at, hdr, record) == opened {
+				in.release(at)
+				return
+			}
+			copy(record, copied)
+		}
+	}
+	in.t.drops.add(DropUnknownRemote, 1)
+}
+
+// verdict is what open has found.
+type verdict int
+
+const (
+	opened   verdict = iota
+	replayed         // seen before or too old, untouched
+	forged           // not sealed with these keys; destroyed by the attempt
+)
+
+func (in *inbound) count(v verdict) {
+	switch v {
+	case replayed:
+		in.t.drops.add(DropReplay, 1)
+	case forged:
+		in.t.drops.add(DropAuthentication, 1)
+	}
+}
+
+// open tries record under a, in place, and takes its frame.
+func (in *inbound) open(a *association, at path, hdr recordHeader, record []byte) verdict {
+	if in.held != a {
+		in.release(at)
+		in.held = a
+		a.inMu.Lock()
+	}
+	if !a.replay.check(hdr.seq) {
+		return replayed
+	}
+	plain, err := a.opener.open(record, hdr, &in.scratch)
+	if err != nil {
+		return forged
+	}
+	in.heard = true
+	if a.replay.mark(hdr.seq) {
+		in.newest = true
+	}
+	if hdr.typ == contentAlert {
+		in.alert(a, plain)
+	} else {
+		in.frame(a, record, plain)
+	}
+	return opened
+}
+
+// frame takes the plaintext of a record, which lies inside record.
+func (in *inbound) frame(a *association, record, plain []byte) {
+	if len(plain) == 0 {
+		in.t.drops.add(DropEmptyRecord, 1)
+		return
+	}
+	body := plain[frameHeaderSize:]
+	switch frameType(plain[0]) {
+	case frameData:
+		in.packet(a.peer, record, len(body))
+	case frameDPDRequest:
+		echo := append([]byte(nil), body...)
+		in.later = append(in.later, func() { in.t.sendFrame(a, frameDPDReply, echo) })
+	case frameDPDReply:
+		echo := append([]byte(nil), body...)
+		in.later = append(in.later, func() { a.peer.answered(echo) })
+	case frameDisconnect, frameTerminate:
+		in.later = append(in.later, func() { a.peer.goodbye(a) })
+	case frameKeepalive:
+	default:
+		in.t.drops.add(DropUnknownFrame, 1)
+	}
+}
+
+func (in *inbound) alert(a *association, plain []byte) {
+	if al, ok := parseAlert(plain); ok && al.ends() {
+		in.later = append(in.later, func() { a.peer.goodbye(a) })
+	}
+}
+
+// packet checks the source of the packet of n bytes that ends the plaintext of
+// record and queues it for the Device.
+func (in *inbound) packet(p *peer, record []byte, n int) {
+	end := len(record) - tagSize
+	packet := record[end-n : end]
+	src, ok := source(packet)
+	if !ok || !in.allowed(p, src) {
+		in.t.drops.add(DropSource, 1)
+		return
+	}
+	in.counted.packets++
+	in.counted.bytes += n
+	in.packets = append(in.packets, record[end-n-deviceOffset:end:end])
+}
+
+func (in *inbound) allowed(p *peer, src netip.Addr) bool {
+	routes := in.t.routes.Load()
+	if src == in.lastSource && p == in.lastPeer && in.lastFrom == routes {
+		return true
+	}
+	owner, _ := routes.Lookup(src)
+	if owner != p {
+		return false
+	}
+	in.lastSource, in.lastPeer, in.lastFrom = src, p, routes
+	return true
+}

@@ -1,0 +1,276 @@
+package transport
+
+import (
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"time"
+)
+
+const (
+	// confirmRetry spaces the DPD-REQs by which an initiator asks the first record
+	// of the peer under a new association: the answer to the first may be lost,
+	// or the peer's handshake may return a moment after ours.
+	confirmRetry = 100 * time.Millisecond
+	// confirmPatience: a stranger that never answers DPD gets data all the same
+	// after this long, if there is no older association to wait on.
+	confirmPatience = time.Second
+	// forgetAfter is how many DPDTimeouts of silence end an association's memory.
+	forgetAfter = 10
+	// farAway is when step looks again although nothing is due.
+	farAway = time.Hour
+)
+
+// dpd is dead peer detection (AnyConnect's name; RFC 3706 has the idea).
+type dpd struct {
+	asked      int64 // clock reading of the last request, 0: answered
+	confirming int64 // clock reading of the last request under next
+}
+
+// step decides what is due and arms the timer for what comes next. It is the
+// only place where a peer acts by itself.
+func (p *peer) step() {
+	p.mu.Lock()
+	if p.stopped {
+		p.mu.Unlock()
+		return
+	}
+	now := p.t.clock.now()
+	var after actions
+	next := now + int64(farAway)
+	for _, due := range []func(int64, *actions) int64{
+		p.expireLocked, p.confirmingLocked, p.livenessLocked, p.mtuLocked, p.dialLocked,
+	} {
+		next = min(next, due(now, &after))
+	}
+	p.timer.Reset(max(time.Duration(next-now), time.Millisecond))
+	p.mu.Unlock()
+	for _, do := range after {
+		do()
+	}
+}
+
+// actions are what step does once mu is released: sending, above all.
+type actions []func()
+
+func (a *actions) add(f func()) { *a = append(*a, f) }
+
+const never = int64(1) << 62
+
+// expireLocked ends associations that have had their time.
+func (p *peer) expireLocked(now int64, after *actions) (due int64) {
+	s := *p.slots.Load()
+	due = never
+	tm := &p.t.cfg.Timing
+	drop := func(slot **association, life time.Duration) {
+		a := *slot
+		if a == nil {
+			return
+		}
+		end := a.lastInbound.Load() + int64(life)
+		if now < end {
+			due = min(due, end)
+			return
+		}
+		p.retireLocked(a)
+		*slot = nil
+	}
+	before := s
+	if a := s.current; a != nil && a.lingering.Load() {
+		if end := tm.HandshakeTimeout - time.Since(a.born); end > 0 {
+			due = min(due, now+int64(end))
+		} else {
+			p.retireLocked(a)
+		}
+	}
+	drop(&s.previous, tm.Overlap)
+	drop(&s.next, tm.HandshakeTimeout)
+	drop(&s.current, forgetAfter*tm.DPDTimeout)
+	if s != before {
+		p.setSlotsLocked(&s)
+	}
+	return due
+}
+
+// confirmingLocked asks for the first record under next, as its initiator.
+func (p *peer) confirmingLocked(now int64, after *actions) (due int64) {
+	s := p.slots.Load()
+	a := s.next
+	if a == nil {
+		return never
+	}
+	if s.current == nil && time.Since(a.born) >= confirmPatience {
+		p.lastInbound.Store(now)
+		waiting, _ := p.promoteLocked(a)
+		after.add(func() { p.t.sendWaiting(a, waiting); p.t.reportMTU() })
+		return never
+	}
+	due = now + int64(confirmPatience)
+	if a.initiator {
+		if p.dpd.confirming == 0 || now-p.dpd.confirming >= int64(confirmRetry) {
+			p.dpd.confirming = now
+			p.askLocked(a, now, 0, after)
+		}
+		due = p.dpd.confirming + int64(confirmRetry)
+	}
+	return due
+}
+
+// livenessLocked asks after silence and keeps NATs open.
+func (p *peer) livenessLocked(now int64, after *actions) (due int64) {
+	a := p.slots.Load().current
+	if a == nil {
+		return never
+	}
+	tm := &p.t.cfg.Timing
+	heard := p.lastInbound.Load()
+	if p.dpd.asked != 0 && heard > p.dpd.asked {
+		p.dpd.asked = 0
+	}
+	due = heard + int64(tm.DPD)
+	if now >= due {
+		again := p.dpd.asked + int64(tm.DPD/4)
+		if p.dpd.asked == 0 || now >= again {
+			p.dpd.asked = now
+			p.askLocked(a, now, 0, after)
+			again = now + int64(tm.DPD/4)
+			// Small requests may pass where full packets do not: look at the path too.
+			p.mtu.suspect(now)
+		}
+		due = again
+	}
+	if tm.Keepalive > 0 {
+		idle := p.lastOutbound.Load() + int64(tm.Keepalive)
+		if now >= idle {
+			after.add(func() { p.t.sendFrame(a, frameKeepalive, nil) })
+			p.lastOutbound.Store(now)
+			idle = now + int64(tm.Keepalive)
+		}
+		due = min(due, idle)
+	}
+	return due
+}
+
+// askLocked sends a DPD-REQ padded to size bytes of body (0: the shortest).
+func (p *peer) askLocked(a *association, now int64, size int, after *actions) {
+	body := make([]byte, max(size, dpdBodySize))
+	binary.BigEndian.PutUint64(body, uint64(now))
+	after.add(func() { p.t.sendFrame(a, frameDPDRequest, body) })
+}
+
+// dpdBodySize is the body of the shortest request: our clock, for the round trip.
+const dpdBodySize = 8
+
+// answered takes a DPD-RESP: the echo of a request of ours, perhaps padded.
+func (p *peer) answered(body []byte) {
+	if len(body) < dpdBodySize {
+		return // a stranger's
+	}
+	now := p.t.clock.now()
+	sent := int64(binary.BigEndian.Uint64(body))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if sent > 0 && sent <= now {
+		p.rtt = time.Duration(now - sent)
+	}
+	p.mtu.answered(len(body), now)
+	p.wakeLocked()
+}
+
+// mtuLocked moves the search for the path MTU on.
+func (p *peer) mtuLocked(now int64, after *actions) (due int64) {
+	a := p.slots.Load().current
+	if a == nil {
+		return never
+	}
+	due = p.mtu.step(now, p.rtt, func(size int) { p.askLocked(a, now, size, after) })
+	if inner := int32(p.mtu.inner()); inner != p.innerMTU.Load() {
+		p.t.log.Info("path MTU", "peer", p.name, "inner", inner)
+		p.innerMTU.Store(inner)
+		after.add(p.t.reportMTU)
+	}
+	return due
+}
+
+// tooBig is told that the system refused a record of an inner packet of size bytes.
+func (p *peer) tooBig(size int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mtu.refused(size, p.t.clock.now()) {
+		p.wakeLocked()
+	}
+}
+
+// dialLocked starts a handshake when one is due: there is no association, the
+// peer is dead, or the keys are old.
+func (p *peer) dialLocked(now int64, after *actions) (due int64) {
+	s := p.slots.Load()
+	tm := &p.t.cfg.Timing
+	want := never
+	switch {
+	case p.dialling || s.next != nil:
+		return never
+	case s.current == nil:
+		if p.cfg.Endpoint != "" {
+			want = 0
+		}
+	default:
+		want = p.lastInbound.Load() + int64(tm.DPDTimeout)
+		if p.cfg.Endpoint == "" && now >= want && now-want > int64(tm.DPDTimeout) {
+			want = never // it will call us
+		}
+		want = min(want, p.rekeyDueLocked(s.current, now))
+	}
+	due = max(want, p.nextDial)
+	if now < due {
+		return due
+	}
+	p.dialling = true
+	after.add(func() { p.t.startDial(p) })
+	return never
+}
+
+// rekeyDueLocked is when a's keys are to be replaced. The responder waits a
+// tenth longer, so that the two sides do not start at once.
+func (p *peer) rekeyDueLocked(a *association, now int64) int64 {
+	tm := &p.t.cfg.Timing
+	if a.nextSeq.Load() >= tm.RekeyAfterRecords {
+		return now
+	}
+	life := tm.RekeyAfter
+	if !a.initiator {
+		life += life / 10
+	}
+	return now + int64(life-time.Since(a.born))
+}
+
+// dialDone takes the end of a handshake that we started.
+func (p *peer) dialDone(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dialling = false
+	now := p.t.clock.now()
+	switch {
+	case errors.Is(err, errYielded) || errors.Is(err, errBusy): // the peer calls us
+		p.nextDial = now + int64(p.backoffLocked())
+	case err != nil:
+		p.lastErr = err
+		p.nextDial = now + int64(p.backoffLocked())
+		p.attempts++
+		p.t.log.Warn("handshake failed", "peer", p.name, "err", err, "attempt", p.attempts, "retry_in", time.Duration(p.nextDial-now).Round(time.Millisecond))
+	default:
+		p.nextDial = now + int64(p.t.cfg.Timing.HandshakeRetry)
+	}
+	p.wakeLocked()
+}
+
+// backoffLocked doubles from HandshakeRetry to HandshakeRetryMax, each with up to
+// a third of jitter so that many peers of one that vanished do not come in step.
+func (p *peer) backoffLocked() time.Duration {
+	tm := &p.t.cfg.Timing
+	d := tm.HandshakeRetry << min(p.attempts, 10)
+	if d > tm.HandshakeRetryMax || d <= 0 {
+		d = tm.HandshakeRetryMax
+	}
+	return d + time.Duration(rand.Int64N(int64(d)/3+1))
+}

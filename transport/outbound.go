@@ -1,0 +1,274 @@
+package transport
+
+import (
+	"errors"
+	"net/netip"
+	"os"
+
+	"github.com/gaissmai/bart"
+)
+
+// outboundPump carries packets from the Device to the peers until the Device is
+// closed. It owns everything it touches but the peers' atomics.
+func (t *Transport) outboundPump() {
+	o := newOutbound(t)
+	for {
+		n, err := t.cfg.Device.Read(o.bufs, o.sizes, headSlack)
+		if n > 0 {
+			o.batch(n)
+		}
+		if err != nil && errors.Is(err, os.ErrClosed) {
+			return
+		}
+	}
+}
+
+// outbound is the pump's batch: one arena of equal buffers, cut so that full
+// packets sealed with AES-GCM lie end to end and a run of them is one piece of memory.
+type outbound struct {
+	t       *Transport
+	bufs    [][]byte
+	sizes   []int
+	records [][]byte // sealed, in order; Run.Segments are slices of it
+	runs    []outboundRun
+	wire    []Run
+	scratch cryptoScratch
+
+	lastDst  netip.Addr // the destination last looked up, and what was found
+	lastPeer *peer
+	lastFrom *bart.Table[*peer] // the route table it was found in
+}
+
+// outboundRun is the bookkeeping beside a Run.
+type outboundRun struct {
+	a     *association
+	first int // index in records
+	count int
+	bytes int // of records
+	size  int // of the first record: all but the last have it
+	inner int // bytes of packets
+}
+
+func newOutbound(t *Transport) *outbound {
+	n := t.cfg.Device.BatchSize()
+	stride := headSlack + t.cfg.InnerMTU + tagSize
+	arena := make([]byte, n*stride)
+	o := &outbound{
+		t:       t,
+		bufs:    make([][]byte, n),
+		sizes:   make([]int, n),
+		records: make([][]byte, 0, n),
+		runs:    make([]outboundRun, 0, n),
+		wire:    make([]Run, 0, n),
+	}
+	for i := range o.bufs {
+		// Without the room for the tag: a packet never reaches into it.
+		o.bufs[i] = arena[i*stride : i*stride+headSlack+t.cfg.InnerMTU : (i+1)*stride]
+	}
+	return o
+}
+
+// batch seals the n packets that Device.Read has left in bufs and sends them.
+func (o *outbound) batch(n int) {
+	o.records, o.runs = o.records[:0], o.runs[:0]
+	for i := 0; i < n; {
+		i += o.sealNext(i, n)
+	}
+	o.send()
+}
+
+// sealNext seals the packets from i on that go to one association, and returns
+// how many packets it has dealt with.
+func (o *outbound) sealNext(i, n int) int {
+	p, ok := o.lookup(o.packet(i))
+	if !ok {
+		return 1
+	}
+	k := 1
+	for i+k < n {
+		q, ok := o.lookup(o.packet(i + k))
+		if !ok || q != p {
+			break
+		}
+		k++
+	}
+	a := p.slots.Load().current
+	if a == nil {
+		for j := i; j < i+k; j++ {
+			if !p.stage(o.packet(j)) {
+				o.t.drops.add(DropNoAssociation, 1)
+			}
+		}
+		return k
+	}
+	seq, ok := a.reserve(k)
+	if !ok {
+		o.t.drops.add(DropExhausted, k)
+		return k
+	}
+	mtu := int(p.innerMTU.Load())
+	for j := i; j < i+k; j++ {
+		size := o.sizes[j]
+		if size > mtu {
+			o.t.drops.add(DropTooBig, 1)
+			o.t.cfg.TooBig(o.packet(j), mtu)
+			continue
+		}
+		o.append(a, a.sealFrame(o.bufs[j][:cap(o.bufs[j])], size, frameData, seq+uint64(j-i), &o.scratch), size)
+	}
+	if a.nextSeq.Load() >= o.t.cfg.Timing.RekeyAfterRecords && seq < o.t.cfg.Timing.RekeyAfterRecords {
+		p.wake()
+	}
+	return k
+}
+
+func (o *outbound) packet(i int) []byte { return o.bufs[i][headSlack : headSlack+o.sizes[i]] }
+
+// lookup finds the peer for a packet. Neighbours mostly share a destination, so
+// the last answer is kept. A failure is counted.
+func (o *outbound) lookup(packet []byte) (*peer, bool) {
+	dst, ok := destination(packet)
+	if !ok {
+		o.t.drops.add(DropNotIP, 1)
+		return nil, false
+	}
+	routes := o.t.routes.Load()
+	if dst != o.lastDst || o.lastFrom != routes {
+		p, _ := routes.Lookup(dst)
+		o.lastDst, o.lastPeer, o.lastFrom = dst, p, routes
+	}
+	if o.lastPeer == nil {
+		o.t.drops.add(DropNoPeer, 1)
+		return nil, false
+	}
+	return o.lastPeer, true
+}
+
+// append adds a record to the last run if it fits there, else starts another.
+func (o *outbound) append(a *association, record []byte, inner int) {
+	o.records = append(o.records, record)
+	if last := len(o.runs) - 1; last >= 0 {
+		r := &o.runs[last]
+		open := r.bytes == r.count*r.size // no shorter record has ended it
+		if r.a == a && open && len(record) <= r.size && r.count < MaxRunSegments && r.bytes+len(record) <= MaxRunBytes {
+			r.count++
+			r.bytes += len(record)
+			r.inner += inner
+			return
+		}
+	}
+	o.runs = append(o.runs, outboundRun{
+		a: a, first: len(o.records) - 1, count: 1, bytes: len(record), size: len(record), inner: inner,
+	})
+}
+
+// send hands the runs to the sockets: neighbours on one socket in one call.
+func (o *outbound) send() {
+	if len(o.runs) == 0 {
+		return
+	}
+	now := o.t.clock.now()
+	for i := 0; i < len(o.runs); {
+		conn := o.runs[i].a.path.Load().conn
+		o.wire = o.wire[:0]
+		j := i
+		for ; j < len(o.runs); j++ {
+			r := &o.runs[j]
+			at := r.a.path.Load()
+			if at.conn != conn {
+				break
+			}
+			o.wire = append(o.wire, Run{Remote: at.remote, Local: at.local, Segments: o.records[r.first : r.first+r.count]})
+			r.a.peer.out.add(r.count, r.inner)
+			r.a.peer.lastOutbound.Store(now)
+		}
+		o.write(conn, o.runs[i:j])
+		i = j
+	}
+}
+
+func (o *outbound) write(conn PacketConn, runs []outboundRun) {
+	for wire := o.wire; len(wire) > 0; {
+		n, err := conn.WriteBatch(wire)
+		if err == nil {
+			return
+		}
+		n = min(n, len(wire)-1)
+		r := &runs[n]
+		o.t.drops.add(DropSend, r.count)
+		if errors.Is(err, ErrDatagramTooBig) {
+			r.a.peer.tooBig(r.size - r.a.recordSize(0))
+		}
+		wire, runs = wire[n+1:], runs[n+1:]
+	}
+}
+
+// destination reads the destination of an IP packet.
+func destination(packet []byte) (netip.Addr, bool) { return address(packet, 16, 24) }
+
+// source reads the source of an IP packet.
+func source(packet []byte) (netip.Addr, bool) { return address(packet, 12, 8) }
+
+func address(packet []byte, at4, at6 int) (netip.Addr, bool) {
+	if len(packet) < 20 {
+		return netip.Addr{}, false
+	}
+	switch packet[0] >> 4 {
+	case 4:
+		return netip.AddrFrom4([4]byte(packet[at4 : at4+4])), true
+	case 6:
+		if len(packet) >= 40 {
+			return netip.AddrFrom16([16]byte(packet[at6 : at6+16])), true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// What follows sends single records, away from the pump: liveness, goodbyes,
+// and what was waiting for the association.
+
+// sendFrame seals a copy of body as one frame under a and sends it. A failure
+// is counted and nothing else: whoever asks, asks again.
+func (t *Transport) sendFrame(a *association, typ frameType, body []byte) {
+	seq, ok := a.reserve(1)
+	if !ok {
+		t.drops.add(DropExhausted, 1)
+		return
+	}
+	buf := make([]byte, headSlack+len(body)+tagSize)
+	copy(buf[headSlack:], body)
+	var scratch cryptoScratch
+	if t.sendDatagram(a.path.Load(), a.sealFrame(buf, len(body), typ, seq, &scratch)) {
+		a.peer.lastOutbound.Store(t.clock.now())
+	}
+}
+
+// sendCloseNotify sends the DTLS goodbye, for strangers who know no DISCONNECT.
+func (t *Transport) sendCloseNotify(a *association) {
+	if seq, ok := a.reserve(1); ok {
+		t.sendDatagram(a.path.Load(), a.sealer.sealAlert(alert{alertWarning, alertCloseNotify}, seq))
+	}
+}
+
+// sendWaiting sends the packets that were staged, oldest first.
+func (t *Transport) sendWaiting(a *association, packets [][]byte) {
+	mtu := int(a.peer.innerMTU.Load())
+	for _, packet := range packets {
+		if len(packet) > mtu {
+			t.drops.add(DropTooBig, 1)
+			t.cfg.TooBig(packet, mtu)
+			continue
+		}
+		t.sendFrame(a, frameData, packet)
+		a.peer.out.add(1, len(packet))
+	}
+}
+
+// sendDatagram sends one datagram, borrowing d.
+func (t *Transport) sendDatagram(at *path, d []byte) bool {
+	_, err := at.conn.WriteBatch([]Run{{Remote: at.remote, Local: at.local, Segments: [][]byte{d}}})
+	if err != nil && !errors.Is(err, ErrDatagramTooBig) { // a probe that the system refuses is no loss
+		t.drops.add(DropSend, 1)
+	}
+	return err == nil
+}

@@ -1,0 +1,325 @@
+package transport
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/gaissmai/bart"
+)
+
+// A Transport carries packets between a [Device] and peers. Its goroutines are
+// the outbound pump, one inbound pump per socket, and one for every handshake
+// under way; a peer at rest has a timer and no goroutine.
+type Transport struct {
+	cfg        Config
+	public     PublicKey
+	handshaker *handshaker
+	conns      []PacketConn
+	log        *slog.Logger
+	clock      clock
+	drops      dropCounters
+	halfOpen   *halfOpenTable
+	remotes    remoteTable
+	routes     atomic.Pointer[bart.Table[*peer]] // allowed prefixes; replaced whole under mu
+
+	ctx    context.Context // ends with Close; handshakes run under it
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // pumps and handshakes
+
+	searchList atomic.Pointer[[]*peer] // every peer, for records from unknown addresses; replaced whole under mu
+
+	mu     sync.Mutex // guards peers, closed and the replacing of routes and searchList
+	peers  map[PublicKey]*peer
+	closed bool
+	done   chan struct{} // closed when Close has finished
+
+	spawnMu sync.Mutex // guards wg.Add against wg.Wait
+	joining bool       // Close is in wg.Wait
+
+	mtuMu    sync.Mutex // serialises PathMTUChanged
+	smallest int        // the inner MTU last reported
+}
+
+// New starts the pumps. It takes cfg.Conns, also when it fails.
+func New(cfg Config) (*Transport, error) {
+	t, err := newTransport(cfg)
+	if err != nil {
+		for _, c := range cfg.Conns {
+			c.Close()
+		}
+		return nil, err
+	}
+	t.wg.Go(t.outboundPump)
+	for _, c := range t.conns {
+		t.wg.Go(func() { t.inboundPump(c) })
+	}
+	return t, nil
+}
+
+func newTransport(cfg Config) (*Transport, error) {
+	switch {
+	case cfg.Key.IsZero():
+		return nil, errors.New("transport: no private key")
+	case len(cfg.Conns) == 0:
+		return nil, errors.New("transport: no socket")
+	case cfg.Device == nil:
+		return nil, errors.New("transport: no device")
+	}
+	cfg.setDefaults()
+	t := &Transport{
+		cfg:      cfg,
+		public:   cfg.Key.Public(),
+		conns:    cfg.Conns,
+		log:      cfg.Logger,
+		clock:    newClock(),
+		halfOpen: newHalfOpenTable(cfg.MaxHalfOpen, cfg.MaxHalfOpenPerSource),
+		peers:    make(map[PublicKey]*peer),
+		done:     make(chan struct{}),
+		smallest: cfg.InnerMTU,
+	}
+	t.remotes.m = make(map[netip.AddrPort]*peer)
+	t.routes.Store(new(bart.Table[*peer]))
+	t.searchList.Store(new([]*peer))
+	t.ctx, t.cancel = context.WithCancel(context.Background())
+	var err error
+	t.handshaker, err = newHandshaker(cfg.Key, cfg.CipherSuites, cfg.Timing.FlightInterval, cfg.Logger)
+	if err != nil {
+		t.cancel()
+		return nil, fmt.Errorf("transport: %w", err)
+	}
+	return t, nil
+}
+
+// AddPeer makes a peer known; with an endpoint it is called at once. It fails
+// for our own key, a known key, or a prefix that another peer has.
+func (t *Transport) AddPeer(cfg PeerConfig) error {
+	cfg.AllowedIPs = slices.Clone(cfg.AllowedIPs)
+	for i, pfx := range cfg.AllowedIPs {
+		cfg.AllowedIPs[i] = pfx.Masked()
+	}
+	p := newPeer(t, cfg)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return ErrClosed
+	}
+	if err := t.admitLocked(cfg); err != nil {
+		return fmt.Errorf("peer %s: %w", p.name, err)
+	}
+	routes := t.routes.Load()
+	for _, pfx := range cfg.AllowedIPs {
+		routes = routes.InsertPersist(pfx, p)
+	}
+	t.peers[cfg.PublicKey] = p
+	t.routes.Store(routes)
+	t.searchListLocked()
+	p.start()
+	return nil
+}
+
+func (t *Transport) admitLocked(cfg PeerConfig) error {
+	if cfg.PublicKey.IsZero() {
+		return errors.New("no public key")
+	}
+	if cfg.PublicKey == t.public {
+		return errors.New("the public key is this node's own")
+	}
+	if _, ok := t.peers[cfg.PublicKey]; ok {
+		return errors.New("the public key is another peer's already")
+	}
+	routes := t.routes.Load()
+	for _, pfx := range cfg.AllowedIPs {
+		if other, ok := routes.Get(pfx); ok {
+			return fmt.Errorf("allowed prefix %v is peer %s's already", pfx, other.name)
+		}
+	}
+	return nil
+}
+
+// RemovePeer says goodbye to a peer and forgets it.
+func (t *Transport) RemovePeer(k PublicKey) error {
+	t.mu.Lock()
+	p, ok := t.peers[k]
+	if ok {
+		delete(t.peers, k)
+		routes := t.routes.Load()
+		for _, pfx := range p.cfg.AllowedIPs {
+			routes = routes.DeletePersist(pfx)
+		}
+		t.routes.Store(routes)
+		t.searchListLocked()
+	}
+	t.mu.Unlock()
+	if !ok {
+		return fmt.Errorf("transport: no peer with public key %v", k)
+	}
+	p.stop()
+	t.reportMTU()
+	return nil
+}
+
+// Close says goodbye to every peer, closes the sockets and waits for the
+// pumps; handshakes under way are broken off. The outbound pump ends when the
+// Device is closed: close that first, or Close waits for it. A second Close
+// waits for the first.
+func (t *Transport) Close() error {
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		<-t.done
+		return nil
+	}
+	t.closed = true
+	peers := t.peerListLocked()
+	t.mu.Unlock()
+	defer close(t.done)
+
+	t.cancel()
+	for _, p := range peers {
+		p.stop()
+	}
+	var errs []error
+	for _, c := range t.conns {
+		errs = append(errs, c.Close())
+	}
+	t.spawnMu.Lock()
+	t.joining = true
+	t.spawnMu.Unlock()
+	t.wg.Wait()
+	return errors.Join(errs...)
+}
+
+// spawn runs f in a goroutine that Close waits for. It reports false, and runs
+// nothing, once Close waits.
+func (t *Transport) spawn(f func()) bool {
+	t.spawnMu.Lock()
+	defer t.spawnMu.Unlock()
+	if t.joining {
+		return false
+	}
+	t.wg.Go(f)
+	return true
+}
+
+// retire lets go of a session's handshake; Close waits for the goroutines of it.
+func (t *Transport) retire(s *session) {
+	gone := s.retire()
+	t.spawn(func() { <-gone })
+}
+
+func (t *Transport) searchListLocked() {
+	list := t.peerListLocked()
+	t.searchList.Store(&list)
+}
+
+func (t *Transport) peerListLocked() []*peer {
+	list := make([]*peer, 0, len(t.peers))
+	for _, p := range t.peers {
+		list = append(list, p)
+	}
+	return list
+}
+
+// sortedPeers is the peers by name, then key.
+func (t *Transport) sortedPeers() []*peer {
+	t.mu.Lock()
+	list := t.peerListLocked()
+	t.mu.Unlock()
+	slices.SortFunc(list, func(a, b *peer) int {
+		if a.name != b.name {
+			return bytes.Compare([]byte(a.name), []byte(b.name))
+		}
+		return bytes.Compare(a.key[:], b.key[:])
+	})
+	return list
+}
+
+func (t *Transport) peerByKey(k PublicKey) *peer {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.peers[k]
+}
+
+// knownPeer is the handshake's check of a certificate's key.
+func (t *Transport) knownPeer(k PublicKey) error {
+	if t.peerByKey(k) == nil {
+		return fmt.Errorf("%w: %v", errUnknownPeer, k)
+	}
+	return nil
+}
+
+// socketFor picks the first socket whose family reaches remote.
+func (t *Transport) socketFor(remote netip.AddrPort) PacketConn {
+	for _, c := range t.conns {
+		local := c.LocalAddr().Addr()
+		dual := local.Is6() && !local.Is4In6() && local.IsUnspecified()
+		if local.Is4() == remote.Addr().Is4() || dual {
+			return c
+		}
+	}
+	return nil
+}
+
+// reportMTU tells the owner when the smallest inner MTU over all peers has
+// changed. It must not be called with a peer's mu held.
+func (t *Transport) reportMTU() {
+	if t.cfg.PathMTUChanged == nil {
+		return
+	}
+	t.mtuMu.Lock()
+	defer t.mtuMu.Unlock()
+	smallest := t.cfg.InnerMTU
+	for _, p := range t.sortedPeers() {
+		smallest = min(smallest, int(p.innerMTU.Load()))
+	}
+	if smallest != t.smallest {
+		t.smallest = smallest
+		t.cfg.PathMTUChanged(smallest)
+	}
+}
+
+// remoteTable finds the peer that lives at a remote address. The inbound pumps
+// read it once per receive.
+type remoteTable struct {
+	mu sync.RWMutex
+	m  map[netip.AddrPort]*peer
+}
+
+func (r *remoteTable) get(a netip.AddrPort) *peer {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.m[a]
+}
+
+// put gives the address to p, whoever had it: the newest authenticated peer at
+// an address is the one that is there.
+func (r *remoteTable) put(a netip.AddrPort, p *peer) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.m[a] = p
+}
+
+// keepOnly removes every address of p but those that its associations use.
+func (r *remoteTable) keepOnly(p *peer, s *slots) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, a := range p.addresses {
+		if r.m[a] != p {
+			continue
+		}
+		used := false
+		for assoc := range s.each {
+			used = used || assoc.path.Load().remote == a
+		}
+		if !used {
+			delete(r.m, a)
+		}
+	}
+}
