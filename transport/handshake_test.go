@@ -79,10 +79,7 @@ func shake(t testing.TB, w *wire, c, s *handshaker, verifyServer, verifyClient f
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	var wg sync.WaitGroup
-	wg.Go(func() { server, serverErr = s.server(ctx, w.server, verifyClient) })
-	wg.Go(func() { client, clientErr = c.client(ctx, w.client, verifyServer) })
-	wg.Wait()
+	client, server, clientErr, serverErr = shakeBoth(ctx, w, c, s, verifyServer, verifyClient)
 	t.Cleanup(func() {
 		if client != nil {
 			<-client.retire()
@@ -91,6 +88,14 @@ func shake(t testing.TB, w *wire, c, s *handshaker, verifyServer, verifyClient f
 			<-server.retire()
 		}
 	})
+	return client, server, clientErr, serverErr
+}
+
+func shakeBoth(ctx context.Context, w *wire, c, s *handshaker, verifyServer, verifyClient func(PublicKey) error) (client, server *session, clientErr, serverErr error) {
+	var wg sync.WaitGroup
+	wg.Go(func() { server, serverErr = s.server(ctx, w.server, verifyClient) })
+	wg.Go(func() { client, clientErr = c.client(ctx, w.client, verifyServer) })
+	wg.Wait()
 	return client, server, clientErr, serverErr
 }
 
