@@ -57,8 +57,14 @@ func (t *Transport) abandonCause(pend *pending) error {
 	return errReplaced
 }
 
-// accept starts to serve a handshake if the limits allow.
+// accept starts to serve a handshake if the limits allow. Under load a stranger
+// first gets a cookie that costs no memory.
 func (t *Transport) accept(at path, d []byte, hello helloInfo, known bool) {
+	proven := !known && t.helloVerifier.isAdmitted(at.remote)
+	if !known && !proven && t.halfOpen.underLoad() {
+		t.challenge(&at, &hello)
+		return
+	}
 	ctx, cancel := context.WithTimeout(t.ctx, t.cfg.Timing.HandshakeTimeout)
 	ctx, abandon := context.WithCancelCause(ctx)
 	to := &path{conn: at.conn, remote: at.remote, local: at.local}
@@ -67,7 +73,8 @@ func (t *Transport) accept(at path, d []byte, hello helloInfo, known bool) {
 		abandon: abandon,
 		random:  hello.random,
 	}
-	if reason, ok := t.halfOpen.addServed(at.remote, pend, known); !ok {
+	pend.conn.addressVerified = proven
+	if reason, ok := t.halfOpen.addServed(at.remote, pend, known, proven); !ok {
 		t.drops.add(reason, 1)
 		pend.conn.Close()
 		abandon(nil)
@@ -82,6 +89,19 @@ func (t *Transport) accept(at path, d []byte, hello helloInfo, known bool) {
 	}
 	if !t.spawn(serve) {
 		pend.conn.Close()
+		abandon(nil)
 		cancel()
 	}
+}
+
+// challenge answers a hello under load, keeping nothing: a first one with a
+// cookie, one that brings the cookie back with the request to start anew, now admitted.
+func (t *Transport) challenge(at *path, hello *helloInfo) {
+	t.drops.add(DropChallenged, 1)
+	if t.helloVerifier.verify(at.remote, hello) {
+		t.helloVerifier.admit(at.remote)
+		t.sendDatagram(at, t.helloVerifier.retryAlert(hello))
+		return
+	}
+	t.sendDatagram(at, t.helloVerifier.challenge(at.remote, hello))
 }

@@ -51,6 +51,11 @@ func (t *Transport) dial(p *peer) error {
 	for _, remote := range remotes {
 		ctx, cancel := context.WithTimeout(t.ctx, patience)
 		err := t.call(ctx, p, remote)
+		if refused := (*refusedError)(nil); errors.As(err, &refused) && refused.retry() {
+			// The peer is under load and has verified our address: once more, at once. Anybody
+			// can forge such an alert, so only once.
+			err = t.call(ctx, p, remote)
+		}
 		cancel()
 		if err == nil {
 			return nil

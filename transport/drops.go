@@ -26,6 +26,7 @@ const (
 	DropHandshakeQueue                   // inbound: the handshake's queue was full
 	DropHalfOpen                         // inbound: too many half-open handshakes, in all or from the source
 	DropHalfOpenRate                     // inbound: hellos from unknown addresses came too fast
+	DropChallenged                       // inbound: a hello answered by a cookie, as strangers were many
 	DropDevice                           // inbound: the Device did not take the packet
 	numDropReasons
 )
@@ -49,6 +50,7 @@ var dropNames = [numDropReasons]string{
 	DropHandshakeQueue: "handshake queue full",
 	DropHalfOpen:       "too many half-open handshakes",
 	DropHalfOpenRate:   "hellos from unknown addresses too fast",
+	DropChallenged:     "hello answered by a cookie",
 	DropDevice:         "device refused the packet",
 }
 

@@ -86,26 +86,33 @@ func (h *halfOpenTable) addCall(remote netip.AddrPort, p *pending) error {
 	return nil
 }
 
+// underLoad tells whether strangers have to prove their address before any
+// state is made for them: half the table is taken by addresses not proven, or hellos come fast.
+func (h *halfOpenTable) underLoad() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.unproven.Len() >= h.max/2 || h.limiter.Tokens() < helloRate/4
+}
+
 // addServed enters a handshake that the remote has started. known says that a
-// peer is established at the address: then neither rate nor source counts.
-func (h *halfOpenTable) addServed(remote netip.AddrPort, p *pending, known bool) (drop DropReason, ok bool) {
+// peer is established at the address: then the limit per source is not for it. proven says
+// that the address is no forgery: then the rate is not.
+func (h *halfOpenTable) addServed(remote netip.AddrPort, p *pending, known, proven bool) (drop DropReason, ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p.started, p.source = time.Now(), sourceOf(remote.Addr())
-	if !known {
-		if h.sources[p.source] >= h.perSource {
-			return DropHalfOpen, false
-		}
-		if !h.limiter.AllowN(p.started, 1) {
-			return DropHalfOpenRate, false
-		}
+	if !known && h.sources[p.source] >= h.perSource {
+		return DropHalfOpen, false
+	}
+	if !known && !proven && !h.limiter.AllowN(p.started, 1) {
+		return DropHalfOpenRate, false
 	}
 	if len(h.m) >= h.max && !h.evictLocked() {
 		return DropHalfOpen, false
 	}
 	h.m[remote] = p
 	h.sources[p.source]++
-	if !known {
+	if !known && !proven {
 		p.element = h.unproven.PushBack(remote)
 	}
 	return 0, true

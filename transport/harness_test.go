@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -194,7 +195,7 @@ func newTestNodeKey(t testing.TB, key PrivateKey, inner string, timing Timing, c
 	t.Helper()
 	n := &testNode{dev: newChanDevice(), key: key, addr: netip.MustParseAddr(inner)}
 	logger := slog.New(slog.DiscardHandler)
-	if testing.Verbose() {
+	if testing.Verbose() && os.Getenv("PENSTOCK_TEST_LOG") != "" {
 		logger = slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug})).With("node", inner)
 	}
 	var err error
@@ -215,7 +216,7 @@ type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(b []byte) (int, error) {
 	defer func() { _ = recover() }() // a log line after the test has ended
-	w.t.Log(string(b))
+	w.t.Log(strings.TrimSpace(string(b)))
 	return len(b), nil
 }
 

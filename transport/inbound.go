@@ -142,7 +142,8 @@ func (in *inbound) release(at path) {
 		a.lastInbound.Store(in.now)
 		p.lastInbound.Store(in.now)
 		if in.newest && *a.path.Load() != at {
-			p.roam(a, &at)
+			to := at // only here does a path have to live on
+			p.roam(a, &to)
 		}
 		if a.lingering.Load() {
 			p.confirm(a)

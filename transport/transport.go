@@ -18,16 +18,17 @@ import (
 // the outbound pump, one inbound pump per socket, and one for every handshake
 // under way; a peer at rest has a timer and no goroutine.
 type Transport struct {
-	cfg        Config
-	public     PublicKey
-	handshaker *handshaker
-	conns      []PacketConn
-	log        *slog.Logger
-	clock      clock
-	drops      dropCounters
-	halfOpen   *halfOpenTable
-	remotes    remoteTable
-	routes     atomic.Pointer[bart.Table[*peer]] // allowed prefixes; replaced whole under mu
+	cfg           Config
+	public        PublicKey
+	handshaker    *handshaker
+	conns         []PacketConn
+	log           *slog.Logger
+	clock         clock
+	drops         dropCounters
+	halfOpen      *halfOpenTable
+	helloVerifier helloVerifier
+	remotes       remoteTable
+	routes        atomic.Pointer[bart.Table[*peer]] // allowed prefixes; replaced whole under mu
 
 	ctx    context.Context // ends with Close; handshakes run under it
 	cancel context.CancelFunc
