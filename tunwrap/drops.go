@@ -16,6 +16,11 @@ const (
 	// DropOversize: an outbound packet or segment is longer than the buffer that
 	// Read was given for it.
 	DropOversize
+	// DropTooBig: a packet does not fit its path, may not be fragmented, and
+	// nobody could be told, or it was of a kind that must not be answered.
+	DropTooBig
+	// DropTooBigRate: the same, but the limit on messages about it was reached.
+	DropTooBigRate
 
 	// DropMalformed: the lengths or the version in the headers are wrong.
 	DropMalformed
@@ -41,6 +46,8 @@ var dropNames = [NumDrops]string{
 	DropNone:          "none",
 	DropGSO:           "bad offload metadata",
 	DropOversize:      "larger than the buffer",
+	DropTooBig:        "too big for the path",
+	DropTooBigRate:    "too big for the path, not reported again so soon",
 	DropMalformed:     "malformed",
 	DropIPChecksum:    "bad IPv4 header checksum",
 	DropTCPChecksum:   "bad TCP checksum",

@@ -22,6 +22,7 @@ const (
 	ip4TotalLen = 2
 	ip4ID       = 4
 	ip4FragOff  = 6
+	ip4TTL      = 8
 	ip4Proto    = 9
 	ip4Checksum = 10
 	ip4Src      = 12
@@ -29,6 +30,7 @@ const (
 
 	ip6PayloadLen = 4
 	ip6NextHeader = 6
+	ip6HopLimit   = 7
 	ip6Src        = 8
 	ip6Dst        = 24
 

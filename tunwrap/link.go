@@ -13,6 +13,11 @@ type Link interface {
 	// The checksums of pkt have been verified by the caller. Any number of
 	// goroutines may be in it.
 	Deliver(pkt *stack.PacketBuffer)
+
+	// WritePackets queues outbound packets as if the stack had sent them, for
+	// fragments made by TooBig. It adds references of its own and the caller keeps its
+	// own. It must not wait for Dequeue: the caller may be the one to call that next.
+	stack.LinkWriter
 }
 
 // Source is where a [Reader] gets its outbound packets. linkep.Queue is one.

@@ -122,6 +122,18 @@ func (t *natTable) inbound(b []byte, l *layout) {
 	}
 }
 
+// undoOutbound takes back what outbound has done to the source of the packet b, which has only
+// full checksums, in place. A quoted packet is left as it is.
+func (t *natTable) undoOutbound(b []byte, l *layout) {
+	addrs := l.addresses(b)
+	n := len(addrs) / 2
+	own, peer := addrs[:n], addrs[n:]
+	if m := findOutside(t.lookup(peer), own); m != nil {
+		copy(own, m.inside)
+		mendOuter(b, l, &GSO{}, m.toInside)
+	}
+}
+
 // lookup finds the mappings for a peer's address of 4 or 16 bytes.
 func (t *natTable) lookup(peer []byte) []mapping {
 	var a netip.Addr

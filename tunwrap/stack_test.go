@@ -121,14 +121,15 @@ func (n *node) stop() {
 }
 
 // pump carries packets from one node to another until from is closed. batch is the number of
-// buffers it reads into. tap, if not nil, sees every packet and may change it.
-func pump(t testing.TB, from, to *node, batch int, tap func(packet []byte)) {
+// buffers it reads into. tap, if not nil, sees every packet, may change it and tells
+// whether it goes on.
+func pump(t testing.TB, from, to *node, batch int, tap func(from *node, packet []byte) bool) {
 	const size = 2048
 	bufs, sizes := make([][]byte, batch), make([]int, batch)
 	for i := range bufs {
 		bufs[i] = make([]byte, size)
 	}
-	out := make([][]byte, batch)
+	out := make([][]byte, 0, batch)
 	for {
 		n, err := from.Read(bufs, sizes, headroom)
 		if errors.Is(err, os.ErrClosed) {
@@ -138,13 +139,14 @@ func pump(t testing.TB, from, to *node, batch int, tap func(packet []byte)) {
 			t.Errorf("Read: %v", err)
 			return
 		}
+		out = out[:0]
 		for i := range n {
-			out[i] = bufs[i][:headroom+sizes[i]]
-			if tap != nil {
-				tap(out[i][headroom:])
+			b := bufs[i][:headroom+sizes[i]]
+			if tap == nil || tap(from, b[headroom:]) {
+				out = append(out, b)
 			}
 		}
-		if _, err := to.Write(out[:n], headroom); err != nil && !errors.Is(err, os.ErrClosed) {
+		if _, err := to.Write(out, headroom); err != nil && !errors.Is(err, os.ErrClosed) {
 			t.Errorf("Write: %v", err)
 			return
 		}
@@ -152,7 +154,7 @@ func pump(t testing.TB, from, to *node, batch int, tap func(packet []byte)) {
 }
 
 // join pumps both ways until stop.
-func join(t testing.TB, a, b *node, batch int, tap func([]byte)) (stop func()) {
+func join(t testing.TB, a, b *node, batch int, tap func(*node, []byte) bool) (stop func()) {
 	var wg sync.WaitGroup
 	wg.Go(func() { pump(t, a, b, batch, tap) })
 	wg.Go(func() { pump(t, b, a, batch, tap) })

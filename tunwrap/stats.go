@@ -7,6 +7,9 @@ import "sync/atomic"
 type Stats struct {
 	Outbound OutboundStats
 	Inbound  InboundStats
+	// TooBig is the number of messages "fragmentation needed" and "packet too
+	// big" delivered to the stack, Fragments that of the fragments made instead.
+	TooBig, Fragments uint64
 }
 
 // OutboundStats count the way from the stack to the peers.

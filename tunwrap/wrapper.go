@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/time/rate"
 	"golang.zx2c4.com/wireguard/tun"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
@@ -46,6 +47,7 @@ type Wrapper struct {
 	mtu     atomic.Int64
 	closed  atomic.Bool
 	drops   dropCounters
+	tooBig  tooBig
 	writers sync.Pool // of *writer
 
 	_        [128]byte
@@ -83,6 +85,7 @@ func New(link Link, o Options) *Wrapper {
 		events:    make(chan tun.Event, 4),
 	}
 	w.mtu.Store(int64(o.MTU))
+	w.tooBig.limit = rate.NewLimiter(tooBigPerSecond, tooBigBurst)
 	w.writers.New = func() any { return new(writer) }
 	w.reader = w.NewReader(link)
 	w.events <- tun.EventUp
@@ -209,5 +212,7 @@ func (w *Wrapper) Stats() Stats {
 			Packets:      w.inbound.packets.Load(),
 			Superpackets: w.inbound.superpackets.Load(),
 		},
+		TooBig:    w.tooBig.messages.Load(),
+		Fragments: w.tooBig.frags.Load(),
 	}
 }
