@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"context"
+	"flag"
 	"net/netip"
 	"testing"
 	"time"
@@ -11,7 +12,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	refs.SetLeakMode(refs.LeaksPanic)
+	flag.Parse()
+	if flag.Lookup("test.bench").Value.String() == "" { // it keeps a stack trace of every reference
+		refs.SetLeakMode(refs.LeaksPanic)
+	}
 	goleak.VerifyTestMain(leakCheck{m})
 }
 
