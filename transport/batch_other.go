@@ -52,7 +52,10 @@ func (s *UDPSocket) open(opts SocketOptions) error {
 	growBuffer(s.conn.SetReadBuffer, opts.ReceiveBuffer)
 	growBuffer(s.conn.SetWriteBuffer, opts.SendBuffer)
 	if err := raw.Control(func(fd uintptr) {
-		c.DontFragment = setDontFragment(fd, s.local.Addr())
+		c.DontFragment = abilityOff(reasonConfigured)
+		if !opts.MayFragment {
+			c.DontFragment = setDontFragment(fd, s.local.Addr())
+		}
 		c.ReceiveBuffer, c.SendBuffer = bufferSizes(fd)
 	}); err != nil {
 		return err

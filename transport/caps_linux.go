@@ -39,7 +39,10 @@ func setUp(fd int, opts SocketOptions, inet6 bool, sourced *bool) (Capabilities,
 	}
 	c.ReceiveBuffer = setBuffer(fd, opts.ReceiveBuffer, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
 	c.SendBuffer = setBuffer(fd, opts.SendBuffer, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF)
-	c.DontFragment = ability(setDontFragment(fd, inet6))
+	c.DontFragment = abilityOff(reasonConfigured)
+	if !opts.MayFragment {
+		c.DontFragment = ability(setDontFragment(fd, inet6))
+	}
 	c.MessageBatches = abilityOn() // Linux 3.0
 	c.SourceAddress = abilityOn()
 	if *sourced {

@@ -43,6 +43,11 @@ type SocketOptions struct {
 	// be bound to the same port beside it.
 	V6Only bool
 
+	// MayFragment leaves datagrams larger than the path to be fragmented, as the system
+	// does by default. A tunnel wants to learn of them instead; a socket that stands
+	// in for another program's does not.
+	MayFragment bool
+
 	// Mark is the SO_MARK of everything sent, for policy routing; 0 sets none.
 	// It needs CAP_NET_ADMIN. Linux only.
 	Mark uint32
