@@ -1,12 +1,14 @@
 package netstack
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -149,6 +151,18 @@ func (r *Relay) Status() RelayStatus {
 	return s
 }
 
+// relayStatuses are snapshots in a fixed order.
+func relayStatuses(relays []*Relay) []RelayStatus {
+	all := make([]RelayStatus, 0, len(relays))
+	for _, r := range relays {
+		all = append(all, r.Status())
+	}
+	slices.SortFunc(all, func(a, b RelayStatus) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Network, b.Network), cmp.Compare(a.Listen, b.Listen))
+	})
+	return all
+}
+
 // Close stops listening, resets the connections that are open and waits for the
 // relay's goroutines. A second Close waits for the first and returns the same.
 func (r *Relay) Close() error {
@@ -163,9 +177,10 @@ func (r *Relay) Close() error {
 	for f := range r.flows {
 		flows = append(flows, f)
 	}
+	disown := r.disown
 	r.mu.Unlock()
 	defer close(r.done)
-	defer r.disown()
+	defer disown()
 
 	r.cancel()
 	for _, l := range r.listeners {

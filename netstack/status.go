@@ -25,6 +25,7 @@ type Status struct {
 	Inbound   InboundStatus    `json:"inbound"`
 	TCP       TCPStatus        `json:"tcp"`
 	UDP       UDPStatus        `json:"udp"`
+	Relays    []RelayStatus    `json:"relays"` // of Forward and Publish
 	// Drops are packets given up outside of the tunnel, by reason; only what
 	// happened. Those of the tunnel are in Tunnel.Drops.
 	Drops map[string]uint64 `json:"drops"`
@@ -101,6 +102,7 @@ func (n *Node) Status() Status {
 	}
 	st := n.stack.Stats()
 	s.TCP, s.UDP = tcpStatus(&st), udpStatus(&st)
+	s.Relays = n.relays()
 	return s
 }
 

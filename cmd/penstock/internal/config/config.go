@@ -54,7 +54,7 @@ type Peer struct {
 
 // Port is one [[forward]] or [[publish]] table.
 type Port struct {
-	Network string // "tcp", "tcp4", "tcp6", "udp", "udp4" or "udp6"
+	Network string // "tcp", "tcp4", "tcp6", "udp", "udp4" or "udp6"; the family is that of Listen alone
 	Listen  string // "host:port"; the host may be empty
 	To      string // "host:port"
 }

@@ -42,10 +42,8 @@ func (r *reader) port(at string, raw *rawPort) (p Port) {
 		p.To = s
 		if problem := checkHostPort(s, false, false); problem != "" {
 			r.wrong(at+".to", quoted(s)+" "+problem, wantTo)
-		} else if host, family := hostAddr(s), p.family(); host.IsUnspecified() || host.IsMulticast() {
+		} else if host := hostAddr(s); host.IsUnspecified() || host.IsMulticast() {
 			r.wrong(at+".to", quoted(s)+" is no address of a host", wantTo)
-		} else if host.IsValid() && family != 0 && host.BitLen() != family {
-			r.wrong(at+".to", quoted(s)+" is not of the family of "+p.Network, wantTo)
 		}
 	} else if raw.To == nil {
 		r.wrong(at+".to", "is missing", wantTo)
