@@ -119,6 +119,7 @@ func (n *Node) startOuter() error {
 		Key:            n.cfg.PrivateKey,
 		Conns:          conns,
 		Device:         n.wrapper,
+		TooBig:         n.wrapper.TooBig,
 		PathMTUChanged: n.pathMTUChanged,
 		InnerMTU:       n.innerMTU(),
 		Logger:         n.log,
