@@ -12,7 +12,7 @@ type SocketStats struct {
 	BytesOut     uint64 // UDP payload
 	SendWaits    uint64 // times the send buffer was full and the sender slept
 	GSOResent    uint64 // runs sent again plainly because the kernel refused UDP_SEGMENT
-	SourceLost   uint64 // runs sent from another address because Run.Local is gone
+	SourceLost   uint64 // runs that went out from another address because Run.Local is gone
 
 	DropTooBig    uint64 // EMSGSIZE: larger than the interface's MTU
 	DropNoBuffers uint64 // ENOBUFS: the interface's queue is full

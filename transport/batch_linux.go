@@ -50,9 +50,9 @@ type socketPlatform struct {
 	gso                   atomic.Bool // until withdrawn
 	maxSegments, maxBytes int         // of one message
 
-	zones         zoneCache
-	spare         [8]atomic.Pointer[batchSender] // senders nobody uses; more than eight at once are left to the collector
-	batchReceiver *batchReceiver
+	zones   zoneCache
+	spare   [8]atomic.Pointer[batchSender] // senders nobody uses; more than eight at once are left to the collector
+	inbound *batchReceiver                 // the scratch of ReadBatch
 }
 
 // open sets the options of a bound socket and probes it.
@@ -61,7 +61,7 @@ func (s *UDPSocket) open(opts SocketOptions) error {
 	if err != nil {
 		return err
 	}
-	s.raw, s.sys = raw, kernelCalls
+	s.raw, s.sys, s.zones.raw = raw, kernelCalls, raw
 	s.sourced = s.local.Addr().IsUnspecified()
 	var caps Capabilities
 	var optErr error
@@ -79,7 +79,7 @@ func (s *UDPSocket) open(opts SocketOptions) error {
 	s.maxSegments, s.maxBytes = caps.MaxSegments, caps.MaxBytes
 	s.gso.Store(caps.GSO.On)
 	s.caps.update(func(c *Capabilities) { *c = caps })
-	s.batchReceiver = newBatchReceiver(s)
+	s.inbound = newBatchReceiver(s)
 	return nil
 }
 
@@ -127,7 +127,7 @@ func (s *UDPSocket) WriteBatch(runs []Run) (int, error) {
 
 // ReadBatch implements [PacketConn]. One goroutine may be in it.
 func (s *UDPSocket) ReadBatch(batch []Inbound) (int, error) {
-	return s.batchReceiver.receive(batch)
+	return s.inbound.receive(batch)
 }
 
 // closedOr maps what the poller says after Close to the bare net.ErrClosed.

@@ -99,7 +99,7 @@ func (r *batchReceiver) collect(batch []Inbound) int {
 		m := &r.headers[i]
 		control := parseControl(unsafe.Slice(m.hdr.Control, m.hdr.Controllen))
 		if control.overflew {
-			addTo(&r.sock.stats.dropKernel, int(control.overflow-r.overflow))
+			r.sock.stats.dropKernel.Add(uint64(control.overflow - r.overflow))
 			r.overflow = control.overflow
 		}
 		// Without all control messages the segment size may be missing.

@@ -47,7 +47,8 @@ type batchSender struct {
 	// The run being tried without something the kernel may have refused; -1: none.
 	plainRun   int // one segment a message, because of refusal
 	refusal    unix.Errno
-	unboundRun int // without Run.Local
+	unboundRun int  // without Run.Local
+	retrying   bool // one of them has not passed yet
 
 	sent, calls int        // messages the last system call took, and system calls in all
 	errno       unix.Errno // why it took none
@@ -77,7 +78,7 @@ func newBatchSender(s *UDPSocket) *batchSender {
 // send sends the runs in order until one has to be given up; see
 // [PacketConn.WriteBatch]. It borrows runs.
 func (w *batchSender) send(runs []Run) (int, error) {
-	w.plainRun, w.unboundRun = -1, -1
+	w.plainRun, w.unboundRun, w.retrying = -1, -1, false
 	n, err := w.sendFrom(runs)
 	c := &w.sock.stats
 	addTo(&c.sends, w.calls)
@@ -99,15 +100,13 @@ func (w *batchSender) sendFrom(runs []Run) (int, error) {
 			}
 			return w.end.run, err
 		}
+		at = w.messages[0].start // behind any empty runs
 		if err := w.flush(); err != nil {
 			return at.run, err
 		}
 		if w.sent > 0 {
 			w.account()
-			if w.plainRun == at.run && w.plainRun >= 0 {
-				w.sock.withdrawGSO(w.refusal)
-				w.plainRun = -1
-			}
+			w.learn(at)
 			at = w.end
 			if w.sent < w.filled {
 				at = w.messages[w.sent].start
@@ -142,17 +141,31 @@ func (w *batchSender) account() {
 func (w *batchSender) retryWithout(at segmentAt) bool {
 	first := &w.messages[0]
 	switch {
-	case w.errno == unix.EINVAL && first.sourced:
+	case sourceRefused(w.errno) && first.sourced:
 		w.unboundRun = at.run
-		addTo(&w.sock.stats.sourceLost, 1)
-		return true
 	case gsoRefused(w.errno) && first.segments > 1:
 		w.plainRun, w.refusal = at.run, w.errno
 		w.unboundRun = -1
-		addTo(&w.sock.stats.gsoResent, 1)
-		return true
+	default:
+		return false
 	}
-	return false
+	w.retrying = true
+	return true
+}
+
+// learn is called when messages from at on were sent: was it the retry that passed?
+func (w *batchSender) learn(at segmentAt) {
+	if !w.retrying {
+		return
+	}
+	w.retrying = false
+	if w.plainRun == at.run {
+		addTo(&w.sock.stats.gsoResent, 1)
+		w.sock.withdrawGSO(w.refusal)
+	}
+	if w.unboundRun == at.run {
+		addTo(&w.sock.stats.sourceLost, 1)
+	}
 }
 
 // gsoRefused: EIO is no checksum offload on the egress device (before Linux 6.11)
@@ -160,6 +173,13 @@ func (w *batchSender) retryWithout(at segmentAt) bool {
 // a sandboxed kernel.
 func gsoRefused(errno unix.Errno) bool {
 	return errno == unix.EIO || errno == unix.EINVAL || errno == unix.EOPNOTSUPP
+}
+
+// sourceRefused: IPv6 says EINVAL to a source address that is not the host's
+// (ip6_datagram_send_ctl), IPv4 ENETUNREACH (ip_route_output_key_hash_rcu; seen on
+// Linux 6.18) or EINVAL.
+func sourceRefused(errno unix.Errno) bool {
+	return errno == unix.EINVAL || errno == unix.ENETUNREACH
 }
 
 // flush makes one system call with the messages filled, waiting for room in the
