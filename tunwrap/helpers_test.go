@@ -231,6 +231,9 @@ func parsed(b []byte) (pkt *stack.PacketBuffer, proto tcpip.TransportProtocolNum
 		if off != 0 || more {
 			return bad("a fragment")
 		}
+		if p == 0 && (pkt.Data().Size() > 0 || len(b) == header.IPv6MinimumSize && b[6] != 59) {
+			return bad("gVisor's parser has stopped at an extension header")
+		}
 		proto = p
 	default:
 		return bad("no version")
@@ -254,6 +257,9 @@ func valid(b []byte) error {
 		if !parse.TCP(pkt) {
 			return fmt.Errorf("gVisor cannot parse the TCP header")
 		}
+		if h := header.TCP(pkt.TransportHeader().Slice()); int(h.DataOffset()) > len(h) || h.DataOffset() < header.TCPMinimumSize {
+			return fmt.Errorf("TCP data offset")
+		}
 		if !header.TCP(pkt.TransportHeader().Slice()).IsChecksumValid(net.SourceAddress(), net.DestinationAddress(), pkt.Data().Checksum(), uint16(pkt.Data().Size())) {
 			return fmt.Errorf("TCP checksum")
 		}
@@ -262,9 +268,6 @@ func valid(b []byte) error {
 			return fmt.Errorf("gVisor cannot parse the UDP header")
 		}
 		u := header.UDP(pkt.TransportHeader().Slice())
-		if int(u.Length()) != len(u)+pkt.Data().Size() {
-			return fmt.Errorf("UDP length")
-		}
 		if header.IPVersion(b) == 4 && u.Checksum() == 0 {
 			return nil
 		}
@@ -272,10 +275,22 @@ func valid(b []byte) error {
 			return fmt.Errorf("UDP checksum")
 		}
 	case header.ICMPv4ProtocolNumber:
+		if header.IPVersion(b) == 6 {
+			return nil // nobody's
+		}
+		if pkt.Data().Size() < header.ICMPv4MinimumSize {
+			return fmt.Errorf("ICMP header")
+		}
 		if checksum.Checksum(b[4*int(b[0]&15):], 0) != 0xffff {
 			return fmt.Errorf("ICMP checksum")
 		}
 	case header.ICMPv6ProtocolNumber:
+		if header.IPVersion(b) == 4 {
+			return nil // nobody's
+		}
+		if pkt.Data().Size() < header.ICMPv6MinimumSize {
+			return fmt.Errorf("ICMPv6 header")
+		}
 		h := header.ICMPv6(b[len(b)-pkt.Data().Size():])
 		if h.Checksum() != header.ICMPv6Checksum(header.ICMPv6ChecksumParams{
 			Header: h[:header.ICMPv6MinimumSize], Src: net.SourceAddress(), Dst: net.DestinationAddress(),

@@ -17,9 +17,8 @@ import (
 // behind it. And protocols that are not listed above are left to whoever opens a raw
 // socket for them.
 //
-// It borrows b and returns the packet proper, b without what follows the length in the IP
-// header. A UDP packet that is shorter than its IP packet says (RFC 768 allows it) is cut
-// down in place, because the stack would hand the surplus to the application.
+// It borrows b and returns the packet proper: b without what follows the length in the IP
+// header. UDP may be shorter still (RFC 768); the stack sees to that by itself.
 func verify(b []byte) ([]byte, layout, Drop) {
 	l, d := locate(b, len(b))
 	if d != DropNone {
@@ -45,7 +44,9 @@ func verify(b []byte) ([]byte, layout, Drop) {
 			return nil, l, DropTCPChecksum
 		}
 	case protoUDP:
-		return verifyUDP(b, l)
+		if d := verifyUDP(b, &l, t); d != DropNone {
+			return nil, l, d
+		}
 	case protoICMP:
 		if l.version == 4 {
 			if len(t) < header.ICMPv4MinimumSize {
@@ -68,27 +69,24 @@ func verify(b []byte) ([]byte, layout, Drop) {
 	return b, l, DropNone
 }
 
-func verifyUDP(b []byte, l layout) ([]byte, layout, Drop) {
-	t := b[l.l4:]
+func verifyUDP(b []byte, l *layout, t []byte) Drop {
 	if len(t) < header.UDPMinimumSize {
-		return nil, l, DropMalformed
+		return DropMalformed
 	}
 	n := int(binary.BigEndian.Uint16(t[udpLen:]))
 	if n < header.UDPMinimumSize || n > len(t) {
-		return nil, l, DropMalformed
+		return DropMalformed
 	}
 	if binary.BigEndian.Uint16(t[udpChecksum:]) == 0 {
 		if l.version == 6 {
-			return nil, l, DropUDPNoChecksum
+			return DropUDPNoChecksum
 		}
-	} else if !sumsUp(b, &l, t[:n]) {
-		return nil, l, DropUDPChecksum
+		return DropNone
 	}
-	if n < len(t) {
-		b = b[:l.l4+n]
-		l.setTotal(b, len(b))
+	if !sumsUp(b, l, t[:n]) {
+		return DropUDPChecksum
 	}
-	return b, l, DropNone
+	return DropNone
 }
 
 // sumsUp reports whether the checksum in the transport part t of the packet b is right.
