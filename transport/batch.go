@@ -5,26 +5,26 @@ import "sync/atomic"
 // SocketStats counts what a [UDPSocket] did since it was opened. Everything the
 // socket gave up is in one of the Drop fields, in datagrams unless said otherwise.
 type SocketStats struct {
-	Sends        uint64 // system calls that sent or tried to
-	Messages     uint64 // messages in them: what one sendmsg carries, up to a whole run
-	Runs         uint64 // runs handed to the network whole
-	DatagramsOut uint64
-	BytesOut     uint64 // UDP payload
-	SendWaits    uint64 // times the send buffer was full and the sender slept
-	GSOResent    uint64 // runs sent again plainly because the kernel refused UDP_SEGMENT
-	SourceLost   uint64 // runs that went out from another address because Run.Local is gone
+	Sends        uint64 `json:"sends"`    // system calls that sent or tried to
+	Messages     uint64 `json:"messages"` // messages in them: what one sendmsg carries, up to a whole run
+	Runs         uint64 `json:"runs"`     // runs handed to the network whole
+	DatagramsOut uint64 `json:"outbound_datagrams"`
+	BytesOut     uint64 `json:"outbound_bytes"` // UDP payload
+	SendWaits    uint64 `json:"send_waits"`     // times the send buffer was full and the sender slept
+	GSOResent    uint64 `json:"gso_resent"`     // runs sent again plainly because the kernel refused UDP_SEGMENT
+	SourceLost   uint64 `json:"source_lost"`    // runs that went out from another address because Run.Local is gone
 
-	DropTooBig    uint64 // EMSGSIZE: larger than the interface's MTU
-	DropNoBuffers uint64 // ENOBUFS: the interface's queue is full
-	DropSendError uint64 // any other error on send
+	DropTooBig    uint64 `json:"drop_too_big"`    // EMSGSIZE: larger than the interface's MTU
+	DropNoBuffers uint64 `json:"drop_no_buffers"` // ENOBUFS: the interface's queue is full
+	DropSendError uint64 `json:"drop_send_error"` // any other error on send
 
-	Receives    uint64 // system calls that received or tried to
-	Buffers     uint64 // elements of batches filled
-	DatagramsIn uint64
-	BytesIn     uint64 // UDP payload
+	Receives    uint64 `json:"receives"` // system calls that received or tried to
+	Buffers     uint64 `json:"buffers"`  // elements of batches filled
+	DatagramsIn uint64 `json:"inbound_datagrams"`
+	BytesIn     uint64 `json:"inbound_bytes"` // UDP payload
 
-	DropTruncated uint64 // receives larger than their buffer
-	DropKernel    uint64 // datagrams (a coalesced buffer counts as one) lost as the receive buffer was full (SO_RXQ_OVFL)
+	DropTruncated uint64 `json:"drop_truncated"` // receives larger than their buffer
+	DropKernel    uint64 `json:"drop_kernel"`    // datagrams (a coalesced buffer counts as one) lost as the receive buffer was full (SO_RXQ_OVFL)
 }
 
 // counters are the live SocketStats. Each is added to once a batch.

@@ -9,36 +9,38 @@ import (
 // socket is opened, then trusted until an error withdraws it.
 type Capabilities struct {
 	// GSO: one message carries a whole run (UDP_SEGMENT, Linux 4.18).
-	GSO Ability
+	GSO Ability `json:"gso"`
 	// GRO: one receive carries several datagrams of a remote (UDP_GRO, Linux 5.0).
-	GRO Ability
+	GRO Ability `json:"gro"`
 	// DontFragment: datagrams are never fragmented on the way, so that one too
 	// big is an error or a loss that path MTU discovery sees.
-	DontFragment Ability
+	DontFragment Ability `json:"dont_fragment"`
 	// MessageBatches: one system call sends and receives many messages (sendmmsg,
 	// recvmmsg).
-	MessageBatches Ability
+	MessageBatches Ability `json:"message_batches"`
 	// SourceAddress: [Run.Local] is honoured and [Inbound.Local] filled.
-	SourceAddress Ability
+	SourceAddress Ability `json:"source_address"`
 
 	// ProbedSegments is the most datagrams the kernel took in one message: 64
 	// before Linux 6.9, 128 after; 0 when it was not or could not be tried.
-	ProbedSegments int
+	ProbedSegments int `json:"probed_segments"`
 	// MaxSegments and MaxBytes cap one message now, by configuration and by what
 	// was probed. MaxSegments is 1 when GSO is off.
-	MaxSegments, MaxBytes int
+	MaxSegments int `json:"max_segments"`
+	MaxBytes    int `json:"max_bytes"`
 
 	// ReceiveBuffer and SendBuffer are the sizes in force in bytes, as getsockopt
 	// tells them. Linux counts its own bookkeeping in and reports twice what was
 	// asked for.
-	ReceiveBuffer, SendBuffer int
+	ReceiveBuffer int `json:"receive_buffer"`
+	SendBuffer    int `json:"send_buffer"`
 }
 
 // An Ability is something the kernel does, or does not do.
 type Ability struct {
-	On bool
+	On bool `json:"on"`
 	// Reason says why it is off, or what to watch for while it is on.
-	Reason string
+	Reason string `json:"reason,omitempty"`
 }
 
 // String is "on" or "off", with the reason if there is one.
