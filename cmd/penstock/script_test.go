@@ -1,8 +1,18 @@
 package main
 
 import (
+	"errors"
+	"io"
+	"net"
+	"net/http"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 )
@@ -16,14 +26,41 @@ func TestMain(m *testing.M) {
 }
 
 func TestScripts(t *testing.T) {
+	tools(t, "curl")
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("XDG_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
+			return os.Mkdir(filepath.Join(env.WorkDir, "run"), 0o700)
+		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"exits": exits,
+			"await":    await,
+			"exits":    exits,
+			"expand":   expand,
+			"freeport": freeport,
+			"http":     serveHTTP,
+			"take":     takePort,
+			"udpecho":  serveUDPEcho,
+			"udpsend":  udpSend,
 		},
 	})
+}
+
+// tools skips a test for want of a program, or fails it where the environment says
+// that all are there.
+func tools(t *testing.T, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		if _, err := exec.LookPath(name); err == nil {
+			continue
+		}
+		if os.Getenv("PENSTOCK_REQUIRE_TOOLS") == "1" {
+			t.Fatalf("%s is not installed, and PENSTOCK_REQUIRE_TOOLS=1", name)
+		}
+		t.Skipf("%s is not installed", name)
+	}
 }
 
 // exits runs a program and checks its exit code, which exec only tells from 0:
@@ -40,4 +77,130 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if err := ts.Exec(args[1], args[2:]...); err == nil || err.Error() != want {
 		ts.Fatalf("%v: got %v, want %s", args[1:], err, want)
 	}
+}
+
+// await runs a program until its standard output matches:
+//
+//	await REGEXP PROGRAM [ARG...]
+func await(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: await REGEXP PROGRAM [ARG...]")
+	}
+	re, err := regexp.Compile("(?m)" + args[0])
+	ts.Check(err)
+	for end := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		err := ts.Exec(args[1], args[2:]...)
+		if out := ts.ReadFile("stdout"); err == nil && re.MatchString(out) {
+			return
+		} else if time.Now().After(end) {
+			ts.Fatalf("%v never matches %s: %v\n%s", args[1:], args[0], err, out)
+		}
+	}
+}
+
+// freeport sets variables to ports that nobody uses for TCP or UDP on loopback:
+//
+//	freeport NAME...
+func freeport(ts *testscript.TestScript, _ bool, args []string) {
+	for _, name := range args {
+		for {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			ts.Check(err)
+			defer l.Close() // when all are found, so that they differ
+			port := l.Addr().(*net.TCPAddr).Port
+			u, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port})
+			if err != nil {
+				continue
+			}
+			defer u.Close()
+			ts.Setenv(name, strconv.Itoa(port))
+			break
+		}
+	}
+}
+
+// expand replaces ${NAME} by variables, and ${FILE:name} by the content of a file,
+// in files:
+//
+//	expand FILE...
+func expand(ts *testscript.TestScript, _ bool, args []string) {
+	for _, file := range args {
+		text := os.Expand(ts.ReadFile(file), func(name string) string {
+			if content, ok := strings.CutPrefix(name, "FILE:"); ok {
+				return strings.TrimSpace(ts.ReadFile(content))
+			}
+			return ts.Getenv(name)
+		})
+		ts.Check(os.WriteFile(ts.MkAbs(file), []byte(text), 0o600))
+	}
+}
+
+// serveHTTP serves the files of a folder until the script ends:
+//
+//	http PORT FOLDER
+func serveHTTP(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("tcp", "127.0.0.1:"+args[0])
+	ts.Check(err)
+	server := &http.Server{Handler: http.FileServer(http.Dir(ts.MkAbs(args[1])))}
+	served := make(chan struct{})
+	go func() { defer close(served); server.Serve(l) }()
+	ts.Defer(func() { server.Close(); <-served })
+}
+
+// takePort keeps a port until the script ends:
+//
+//	take tcp|udp ADDRESS
+func takePort(ts *testscript.TestScript, _ bool, args []string) {
+	var c io.Closer
+	var err error
+	if args[0] == "tcp" {
+		c, err = net.Listen("tcp", args[1])
+	} else {
+		c, err = net.ListenPacket("udp", args[1])
+	}
+	ts.Check(err)
+	ts.Defer(func() { c.Close() })
+}
+
+// serveUDPEcho answers datagrams until the script ends:
+//
+//	udpecho PORT
+func serveUDPEcho(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := net.ListenPacket("udp4", "127.0.0.1:"+args[0])
+	ts.Check(err)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		b := make([]byte, 64<<10)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			if err == nil {
+				c.WriteTo(b[:n], from)
+			}
+		}
+	}()
+	ts.Defer(func() { c.Close(); <-served })
+}
+
+// udpSend sends a datagram and wants it back:
+//
+//	udpsend ADDRESS TEXT
+func udpSend(ts *testscript.TestScript, _ bool, args []string) {
+	c, err := net.Dial("udp", args[0])
+	ts.Check(err)
+	defer c.Close()
+	b := make([]byte, 64<<10)
+	for range 50 { // UDP may lose some
+		_, err = c.Write([]byte(args[1]))
+		ts.Check(err)
+		c.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+		n, err := c.Read(b)
+		if err == nil && string(b[:n]) == args[1] {
+			return
+		}
+	}
+	ts.Fatalf("%s never answers", args[0])
 }

@@ -1,0 +1,97 @@
+// Package control is how a running node is asked what it is doing: HTTP over a
+// Unix socket that only the node's own user can open.
+//
+//	curl --unix-socket $XDG_RUNTIME_DIR/penstock/node.sock http://penstock/status
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/penstock-vpn/penstock/netstack"
+)
+
+// Report is the answer to GET /status. Its JSON form is stable: keys are added,
+// never renamed.
+type Report struct {
+	Version string          `json:"version"` // of the program that runs
+	PID     int             `json:"pid"`
+	Config  string          `json:"config"` // the file's absolute path
+	Node    netstack.Status `json:"node"`
+}
+
+// Serve answers requests on l, which it takes, until the returned function is
+// called. That waits for requests under way, for a second at most.
+func Serve(l net.Listener, report func() Report) (stop func()) {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		// An error is the client's: it has gone away.
+		_ = e.Encode(report())
+	})
+	s := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: 5 * time.Second,
+		WriteTimeout:      10 * time.Second,
+		IdleTimeout:       10 * time.Second,
+		MaxHeaderBytes:    4 << 10,
+	}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = s.Serve(l) // http.ErrServerClosed, always: nothing else ends it but a broken socket
+	}()
+	return func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if s.Shutdown(ctx) != nil {
+			s.Close()
+		}
+		<-served
+	}
+}
+
+// ErrNotRunning: nobody answers on the socket.
+var ErrNotRunning = errors.New("no node is running")
+
+// maxReport is a bound on what a client reads: a report takes about 700 bytes a
+// peer.
+const maxReport = 64 << 20
+
+// Fetch asks the node behind the socket at path and returns its answer as it came.
+func Fetch(ctx context.Context, path string) ([]byte, error) {
+	t := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", path)
+		},
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://penstock/status", nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := t.RoundTrip(req)
+	if err != nil {
+		if stale(err) {
+			return nil, fmt.Errorf("%w behind %s", ErrNotRunning, path)
+		}
+		return nil, fmt.Errorf("ask the node behind %s: %w", path, err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("ask the node behind %s: %s", path, resp.Status)
+	}
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReport))
+	if err != nil {
+		return nil, fmt.Errorf("ask the node behind %s: %w", path, err)
+	}
+	return body, nil
+}

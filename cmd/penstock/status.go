@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
+)
+
+func newStatus() *cobra.Command {
+	var file, socket string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status [-c FILE | --socket PATH] [--json]",
+		Short: "show what a running node is doing",
+		Long: `Status asks a running node for its peers, what went each way, what was dropped and
+why, the path MTU, and which offloads are on, or why they are not. The node is found
+by its configuration file or by its control socket; without either, the only one
+that runs for this user.`,
+		Args: cobra.NoArgs,
+		RunE: verb(func(cmd *cobra.Command, _ []string) error {
+			path, err := findSocket(cmd, file, socket)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			defer cancel()
+			body, err := control.Fetch(ctx, path)
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				_, err := cmd.OutOrStdout().Write(body)
+				return err
+			}
+			var r control.Report
+			if err := json.Unmarshal(body, &r); err != nil {
+				return fmt.Errorf("the node behind %s answers in another language: %w", path, err)
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), statusText(&r, time.Now()))
+			return err
+		}),
+	}
+	configFlag(cmd, &file)
+	cmd.Flags().StringVar(&socket, "socket", "", "the node's control socket `PATH`")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print everything, as JSON")
+	return cmd
+}
+
+// findSocket says which node is meant.
+func findSocket(cmd *cobra.Command, file, socket string) (string, error) {
+	switch {
+	case file != "" && socket != "":
+		return "", exitWith(exitUsage, errors.New("-c and --socket both say which node is meant; give one"))
+	case socket != "":
+		return socket, nil
+	case file != "":
+		c, err := load(file, cmd.ErrOrStderr())
+		if err != nil {
+			return "", err
+		}
+		return socketPath(c), nil
+	}
+	sockets, err := filepath.Glob(filepath.Join(escapeGlob(control.Folder()), "*.sock"))
+	if err != nil {
+		return "", err
+	}
+	switch len(sockets) {
+	case 0:
+		return "", fmt.Errorf("%w: there is no control socket in %s; name the node with -c or --socket", control.ErrNotRunning, control.Folder())
+	case 1:
+		return sockets[0], nil
+	}
+	return "", exitWith(exitUsage, fmt.Errorf("several nodes have a control socket; name one with --socket:\n\t%s", strings.Join(sockets, "\n\t")))
+}
+
+// escapeGlob makes a path mean itself in a pattern.
+func escapeGlob(path string) string {
+	if os.PathSeparator == '\\' { // Windows patterns have no escapes
+		return path
+	}
+	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
+}

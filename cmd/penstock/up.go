@@ -1,0 +1,225 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/config"
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
+	"github.com/penstock-vpn/penstock/netstack"
+)
+
+func newUp() *cobra.Command {
+	var file, level, format string
+	cmd := &cobra.Command{
+		Use:   "up -c FILE",
+		Short: "run a node in the foreground",
+		Long: `Up runs the node that a configuration describes until it is interrupted (SIGINT or
+SIGTERM; a second one ends it at once). Logs go to the standard error.
+
+Nothing is started when the configuration has a mistake (exit code 2), and
+everything is stopped again when a part cannot be started (exit code 1).`,
+		Args: cobra.NoArgs,
+		RunE: verb(func(cmd *cobra.Command, _ []string) error {
+			c, err := load(file, cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			log, err := newLogger(cmd.ErrOrStderr(), c, level, format)
+			if err != nil {
+				return err
+			}
+			return up(c, log)
+		}),
+	}
+	configFlag(cmd, &file)
+	cmd.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error (default: the file's, or info)")
+	cmd.Flags().StringVar(&format, "log-format", "", "text or json (default: the file's, or text)")
+	complete(cmd, "log-level", "debug", "info", "warn", "error")
+	complete(cmd, "log-format", "text", "json")
+	return cmd
+}
+
+// complete gives a flag the values that the shell offers.
+func complete(cmd *cobra.Command, flag string, values ...string) {
+	// The error is for a flag that does not exist.
+	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// newLogger writes as the flags say, or else as the file does.
+func newLogger(w io.Writer, c *config.Config, level, format string) (*slog.Logger, error) {
+	opts := &slog.HandlerOptions{Level: c.Node.LogLevel}
+	if level != "" {
+		l, ok := config.LogLevel(level)
+		if !ok {
+			return nil, exitWith(exitUsage, fmt.Errorf("--log-level %q: expected debug, info, warn or error", level))
+		}
+		opts.Level = l
+	}
+	if format == "" {
+		format = c.Node.LogFormat
+	}
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(w, opts)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, opts)), nil
+	}
+	return nil, exitWith(exitUsage, fmt.Errorf("--log-format %q: expected text or json", format))
+}
+
+// up runs a node until it is interrupted.
+func up(c *config.Config, log *slog.Logger) error {
+	interrupts := make(chan os.Signal, 2)
+	signal.Notify(interrupts, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(interrupts)
+
+	r, err := bringUp(c, log)
+	if err != nil {
+		return err
+	}
+	s := <-interrupts
+	log.Info("closing", "signal", s.String())
+	if err := finish(r.close, interrupts); err != nil {
+		return err
+	}
+	log.Info("closed")
+	return nil
+}
+
+// finish waits for close to end, or for one more signal.
+func finish(close func() error, interrupts <-chan os.Signal) error {
+	closed := make(chan error, 1)
+	go func() { closed <- close() }()
+	select {
+	case err := <-closed:
+		return err
+	case s := <-interrupts:
+		return fmt.Errorf("interrupted again (%v) before everything was closed", s)
+	}
+}
+
+// running is a node and what answers for it.
+type running struct {
+	node        *netstack.Node
+	stopControl func()
+}
+
+// bringUp starts everything or, with an error, nothing.
+func bringUp(c *config.Config, log *slog.Logger) (*running, error) {
+	path := socketPath(c)
+	// First, since it tells whether the node runs already.
+	l, err := control.Listen(path)
+	if err != nil {
+		return nil, err
+	}
+	node, err := startNode(c, log)
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
+	r := &running{node: node, stopControl: control.Serve(l, reporter(c, node))}
+	logUp(log, node, path)
+	return r, nil
+}
+
+// startNode starts the node and its ports.
+func startNode(c *config.Config, log *slog.Logger) (*netstack.Node, error) {
+	node, err := netstack.New(nodeConfig(c, log))
+	var mistake *netstack.ConfigError
+	if errors.As(err, &mistake) {
+		return nil, exitWith(exitUsage, fmt.Errorf("%s: %w", c.File, err))
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range c.Publishes {
+		if _, err := node.Publish(p.Network, p.Listen, p.To); err != nil {
+			node.Close()
+			return nil, fmt.Errorf("publish %s %s: %w", p.Network, p.Listen, err)
+		}
+	}
+	for _, p := range c.Forwards {
+		if _, err := node.Forward(p.Network, p.Listen, p.To); err != nil {
+			node.Close()
+			return nil, fmt.Errorf("forward %s %s: %w", p.Network, p.Listen, err)
+		}
+	}
+	return node, nil
+}
+
+// nodeConfig says the file's content in the library's words.
+func nodeConfig(c *config.Config, log *slog.Logger) netstack.Config {
+	n := netstack.Config{
+		PrivateKey:   c.Node.PrivateKey,
+		Addresses:    c.Node.Addresses,
+		Listen:       c.Node.Listen,
+		MTU:          c.Node.MTU,
+		DNS:          c.DNS,
+		Timing:       c.Timing,
+		CipherSuites: c.Node.CipherSuites,
+		NoGSO:        c.Offload.NoSuperpackets,
+		Logger:       log,
+	}
+	n.Socket.DisableGSO = c.Offload.NoGSO
+	n.Socket.DisableGRO = c.Offload.NoGRO
+	n.Socket.SendBuffer = c.Offload.SendBuffer
+	n.Socket.ReceiveBuffer = c.Offload.ReceiveBuffer
+	n.Socket.MaxSegments = c.Offload.MaxSegments
+	n.Socket.MaxPacingRate = uint64(c.Offload.PacingRate)
+	n.Socket.Logger = log
+	for _, p := range c.Peers {
+		n.Peers = append(n.Peers, netstack.Peer{
+			Name: p.Name, PublicKey: p.PublicKey, Endpoint: p.Endpoint, AllowedIPs: p.AllowedIPs, KnownAs: p.KnownAs,
+		})
+	}
+	return n
+}
+
+// socketPath is where the node of a configuration answers.
+func socketPath(c *config.Config) string {
+	if c.Node.Socket != "" {
+		return c.Node.Socket
+	}
+	return control.Path(c.File)
+}
+
+func reporter(c *config.Config, node *netstack.Node) func() control.Report {
+	file, err := filepath.Abs(c.File)
+	if err != nil {
+		file = c.File
+	}
+	version := readBuild().version
+	return func() control.Report {
+		return control.Report{Version: version, PID: os.Getpid(), Config: file, Node: node.Status()}
+	}
+}
+
+// logUp says that the node is up, and what will slow it down.
+func logUp(log *slog.Logger, node *netstack.Node, path string) {
+	status := node.Status()
+	log.Info("up", "public_key", status.PublicKey, "address", joined(status.Addresses), "control", path)
+	for _, s := range status.Tunnel.Sockets {
+		c := s.Capabilities
+		log.Info("socket", "local", s.Local, "gso", c.GSO.String(), "gro", c.GRO.String(),
+			"receive_buffer", c.ReceiveBuffer, "send_buffer", c.SendBuffer)
+	}
+	for _, r := range status.Relays {
+		log.Info(r.Kind, "network", r.Network, "listen", r.Listen, "to", r.To)
+	}
+}
+
+// close stops everything. The control socket goes first: a node that closes is not
+// to be asked, and the next one may start.
+func (r *running) close() error {
+	r.stopControl()
+	return r.node.Close()
+}
