@@ -29,7 +29,7 @@ func (o *SocketOptions) beforeBind(uintptr) error {
 		{o.MaxPacingRate != 0, "MaxPacingRate"},
 	} {
 		if unsupported.asked {
-			return fmt.Errorf("%s: %w on %s", unsupported.name, errors.ErrUnsupported, runtime.GOOS)
+			return fmt.Errorf("option %s: %w on %s", unsupported.name, errors.ErrUnsupported, runtime.GOOS)
 		}
 	}
 	return nil

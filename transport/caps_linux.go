@@ -13,12 +13,12 @@ import (
 func (o *SocketOptions) beforeBind(fd uintptr) error {
 	if o.ReusePort {
 		if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
-			return fmt.Errorf("ReusePort: %w", os.NewSyscallError("setsockopt", err))
+			return fmt.Errorf("option ReusePort: %w", os.NewSyscallError("setsockopt", err))
 		}
 	}
 	if o.Mark != 0 {
 		if err := unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, int(int32(o.Mark))); err != nil {
-			return fmt.Errorf("Mark %#x (needs CAP_NET_ADMIN): %w", o.Mark, os.NewSyscallError("setsockopt", err))
+			return fmt.Errorf("option Mark %#x (needs CAP_NET_ADMIN): %w", o.Mark, os.NewSyscallError("setsockopt", err))
 		}
 	}
 	return nil
@@ -35,7 +35,7 @@ func isInet6(fd int) (bool, error) {
 func setUp(fd int, opts SocketOptions, inet6 bool, sourced *bool) (Capabilities, error) {
 	var c Capabilities
 	if err := setPacing(fd, opts.MaxPacingRate); err != nil {
-		return c, fmt.Errorf("MaxPacingRate: %w", os.NewSyscallError("setsockopt", err))
+		return c, fmt.Errorf("option MaxPacingRate: %w", os.NewSyscallError("setsockopt", err))
 	}
 	c.ReceiveBuffer = setBuffer(fd, opts.ReceiveBuffer, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF)
 	c.SendBuffer = setBuffer(fd, opts.SendBuffer, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF)

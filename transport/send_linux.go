@@ -56,7 +56,7 @@ type batchSender struct {
 	try  func(fd uintptr)      // one sendmmsg
 	wait func(fd uintptr) bool // the same, asking the poller to wait on EAGAIN
 
-	messagesSent, runsSent, datagrams, bytes int // tallies of the batch
+	messagesSent, datagrams, bytes int // tallies of the batch
 }
 
 func newBatchSender(s *UDPSocket) *batchSender {
