@@ -59,8 +59,8 @@ func joined(t testing.TB, suite CipherSuite) (o *outbound, in *inbound, sink *si
 			t.Fatal(err)
 		}
 		p := tr.peerByKey(other.Public())
-		p.mu.Lock()
-		p.timer.Stop()
+		p.mu.Lock() // no step of liveness or path MTU sends into the sink
+		p.stopped = true
 		p.mu.Unlock()
 		a := &association{peer: p, suite: suite, sealer: &sealing, opener: &opening}
 		a.path.Store(&path{conn: sink, remote: netip.MustParseAddrPort("192.0.2.2:2")})
@@ -136,11 +136,8 @@ func TestRunsAreWhatOneSendCarries(t *testing.T) {
 		o.records, o.runs = o.records[:0], o.runs[:0]
 		for i, size := range c.sizes {
 			fill(o, i+1, size)
-			o.sizes[i] = size
 		}
-		for i, size := range c.sizes {
-			o.sizes[i] = size
-		}
+		copy(o.sizes, c.sizes)
 		for i := 0; i < len(c.sizes); {
 			i += o.sealNext(i, len(c.sizes))
 		}

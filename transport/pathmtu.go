@@ -16,10 +16,9 @@ type pathMTU struct {
 	bad  int // smallest size that failed; max+1: none
 	use  int // what inner reports
 
-	round  []mtuProbe // under way
-	sends  int        // times this round was sent
-	sentAt int64      // first send of this round
-	due    int64      // next send, or the end of the round; never when settled
+	round []mtuProbe // under way
+	sends int        // times this round was sent
+	due   int64      // next send, or the end of the round; never when settled
 }
 
 type mtuProbe struct {
