@@ -3,6 +3,7 @@ package transport
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pion/dtls/v2"
 	"go.uber.org/goleak"
 )
 
@@ -186,7 +188,57 @@ func wantAlert(t *testing.T, err error, description uint8) {
 	}
 }
 
-// A session must only ever hold the key that verify saw.
+// With somebody else's certificate, and without the key to it, nobody gets as far as verify.
+func TestHandshakeImpersonation(t *testing.T) {
+	noLeaks(t)
+	honest, key := testHandshaker(t)
+	other, otherKey := testHandshaker(t)
+	thief, _ := testHandshaker(t)
+	thief.certificate.Certificate = honest.certificate.Certificate
+	mustNotBeAsked := func(k PublicKey) error {
+		if k == key {
+			t.Errorf("the stolen certificate was taken for proof")
+		}
+		return nil
+	}
+	client, server, err1, err2 := shake(t, newWire(nil), thief, other, only(otherKey), mustNotBeAsked)
+	if client != nil || server != nil || err2 == nil {
+		t.Errorf("as a client: %v, %v", err1, err2)
+	}
+	client, server, err1, err2 = shake(t, newWire(nil), other, thief, mustNotBeAsked, anyKey)
+	if client != nil || server != nil || err1 == nil {
+		t.Errorf("as a server: %v, %v", err1, err2)
+	}
+}
+
+// Without a certificate a client gets nowhere either.
+func TestHandshakeWithoutACertificate(t *testing.T) {
+	noLeaks(t)
+	c, _ := testHandshaker(t)
+	s, _ := testHandshaker(t)
+	c.certificate = tls.Certificate{}
+	asked := func(PublicKey) error { t.Error("verify was asked"); return nil }
+	w := newWire(nil)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		config := c.config(new(attempt), c.suites, anyKey)
+		config.Certificates = nil
+		config.GetClientCertificate = func(*dtls.CertificateRequestInfo) (*tls.Certificate, error) { return new(tls.Certificate), nil }
+		if conn, err := dtls.ClientWithContext(ctx, w.client, config); err == nil {
+			w.client.mute()
+			conn.Close()
+			t.Error("the client has a connection")
+		}
+	})
+	if session, err := s.server(ctx, w.server, asked); err == nil {
+		<-session.retire()
+		t.Error("the server has a session")
+	}
+	wg.Wait()
+}
+
 func TestHandshakeErrorsWithoutPeer(t *testing.T) {
 	noLeaks(t)
 	c, _ := testHandshaker(t)

@@ -21,10 +21,10 @@ type session struct {
 
 	conn *handshakeConn
 
-	retireOnce sync.Once
-	expire     *time.Timer
-	pion       *dtls.Conn // nil once retired
-	retired    chan struct{}
+	mu      sync.Mutex
+	expire  *time.Timer   // nil for a client
+	pion    *dtls.Conn    // nil once retire was called
+	retired chan struct{} // closed when pion's goroutines have ended
 }
 
 func newSession(keys *keyPair, remote PublicKey, isClient bool, pion *dtls.Conn, conn *handshakeConn) *session {
@@ -40,6 +40,8 @@ func newSession(keys *keyPair, remote PublicKey, isClient bool, pion *dtls.Conn,
 		retired:   make(chan struct{}),
 	}
 	if !isClient {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		s.expire = time.AfterFunc(lastFlightTime, func() { s.retire() })
 	}
 	return s
@@ -65,19 +67,22 @@ func (s *session) takeEarly() [][]byte { return s.conn.takeEarly() }
 // the peer has been opened, which proves that the client has our Finished. It
 // retires by itself after [lastFlightTime].
 func (s *session) retire() <-chan struct{} {
-	s.retireOnce.Do(func() {
-		if s.expire != nil {
-			s.expire.Stop()
-		}
-		s.conn.mute()
-		go s.closePion()
-	})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pion == nil {
+		return s.retired
+	}
+	if s.expire != nil {
+		s.expire.Stop()
+	}
+	s.conn.mute()
+	pion := s.pion
+	s.pion = nil
+	go closePion(pion, s.retired)
 	return s.retired
 }
 
-func (s *session) closePion() {
-	defer close(s.retired)
-	// Its error is that of the muted connection.
-	_ = s.pion.Close()
-	s.pion = nil
+func closePion(pion *dtls.Conn, done chan<- struct{}) {
+	defer close(done)
+	_ = pion.Close() // its error is that of the muted connection
 }

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -64,6 +65,32 @@ func TestServerRepeatsItsFinished(t *testing.T) {
 		t.Fatalf("pion used %d sequence numbers", used)
 	}
 	exchange(t, client, server)
+}
+
+// A server whose client never says a word lets go of pion in the end.
+func TestServerRetiresByItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, clientKey := testHandshaker(t)
+		s, serverKey := testHandshaker(t)
+		client, server, err1, err2 := shakeBoth(t.Context(), newWire(nil), c, s, only(serverKey), only(clientKey))
+		if err1 != nil || err2 != nil {
+			t.Fatal(err1, err2)
+		}
+		select {
+		case <-client.retired:
+		default:
+			t.Error("the client was not retired from the start")
+		}
+		time.Sleep(lastFlightTime - time.Second)
+		synctest.Wait()
+		select {
+		case <-server.retired:
+			t.Error("the server retired early")
+		default:
+		}
+		time.Sleep(2 * time.Second)
+		<-server.retired
+	})
 }
 
 // After the handshake nothing that is not sealed can make pion speak, and what pion says
