@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -8,12 +9,14 @@ import (
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
+
+	"github.com/penstock-vpn/penstock/netstack"
 )
 
 func newVersion() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
-		Short: "print what this program was built from",
+		Short: "print what this program was built from and what the kernel can do",
 		Args:  cobra.NoArgs,
 		RunE: verb(func(cmd *cobra.Command, _ []string) error {
 			return version(cmd.OutOrStdout())
@@ -38,6 +41,13 @@ func version(stdout io.Writer) error {
 	for _, d := range b.deps {
 		fmt.Fprintf(w, "%s\t%s\n", shown[d.Path], d.Version)
 	}
+	c, err := netstack.Probe()
+	if err != nil {
+		return errors.Join(w.Flush(), fmt.Errorf("ask the kernel for its abilities: %w", err))
+	}
+	fmt.Fprintf(w, "UDP GSO\t%s\n", c.GSO)
+	fmt.Fprintf(w, "UDP GRO\t%s\n", c.GRO)
+	fmt.Fprintf(w, "UDP batches\t%s\n", c.MessageBatches)
 	return w.Flush()
 }
 
