@@ -245,7 +245,7 @@ func TestStacks(t *testing.T) {
 				a := newNode(t, 1400, "10.0.0.1", "fd00::1")
 				b := newNode(t, 1400, "10.0.0.2", "fd00::2")
 				stop := join(t, a, b, batch, nil)
-				transfer(t, a, b, family, 8<<20)
+				transfer(t, a, b, family, 3<<20)
 				stop()
 				for _, n := range []*node{a, b} {
 					d := n.Drops()
