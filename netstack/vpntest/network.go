@@ -1,7 +1,6 @@
 package vpntest
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"sync"
@@ -185,6 +184,6 @@ func (n *Network) connOf(node *netstack.Node) *conn {
 			return c
 		}
 	}
-	n.t.Fatal(fmt.Sprintf("vpntest: node %v is not on this network, or closed", addrs))
+	n.t.Fatalf("vpntest: node %v is not on this network, or closed", addrs)
 	return nil
 }
