@@ -51,7 +51,7 @@ type Timing struct {
 	HandshakeRetry    time.Duration // first retry of a failed handshake, doubling with jitter up to HandshakeRetryMax; 1 s
 	HandshakeRetryMax time.Duration // 30 s
 	HandshakeTimeout  time.Duration // one attempt; 10 s
-	FlightInterval    time.Duration // first retransmission of a handshake flight (RFC 6347 4.2.4.1); 250 ms... see docs
+	FlightInterval    time.Duration // before a flight of the handshake is sent again (RFC 6347 4.2.4.1); 400 ms
 	DPD               time.Duration // silence after which the peer is asked (DPD-REQ); 10 s
 	DPDTimeout        time.Duration // silence after which the association is dead and dialled anew; 30 s
 	Keepalive         time.Duration // idle time after which a NAT is kept open, 0 means 25 s, negative never

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/config"
+)
+
+// section is the text below a heading of docs/cli.md, up to the next of its kind.
+func section(t *testing.T, doc, heading string) string {
+	t.Helper()
+	_, rest, found := strings.Cut(doc, "\n"+heading+"\n")
+	if !found {
+		t.Errorf("docs/cli.md has no %q", heading)
+	}
+	level, _, _ := strings.Cut(heading, " ")
+	if end := regexp.MustCompile(`(?m)^#{1,` + string(rune('0'+len(level))) + `} `).FindStringIndex(rest); end != nil {
+		rest = rest[:end[0]]
+	}
+	return rest
+}
+
+// TestDocs: docs/cli.md explains every command, flag and key of the configuration, and none
+// that does not exist.
+func TestDocs(t *testing.T) {
+	b, err := os.ReadFile("../../docs/cli.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := string(b)
+	root := newRoot()
+	root.InitDefaultCompletionCmd() // cobra adds it when the program runs
+	synopsis := section(t, doc, "## SYNOPSIS")
+	verbs := map[string]*cobra.Command{}
+	for _, cmd := range root.Commands() {
+		verbs[cmd.Name()] = cmd
+		text := section(t, doc, "### "+cmd.Name())
+		if !strings.Contains(synopsis, "penstock "+cmd.Name()) {
+			t.Errorf("penstock %s is not in the synopsis", cmd.Name())
+		}
+		if cmd.Name() == "completion" {
+			continue // its flags are cobra's
+		}
+		cmd.Flags().VisitAll(func(f *pflag.Flag) {
+			if !strings.Contains(text, "--"+f.Name) {
+				t.Errorf("penstock %s --%s is not explained", cmd.Name(), f.Name)
+			}
+		})
+		for _, m := range regexp.MustCompile("(?m)^`.*--([a-z-]+)").FindAllStringSubmatch(text, -1) {
+			if cmd.Flags().Lookup(m[1]) == nil {
+				t.Errorf("penstock %s has no flag --%s", cmd.Name(), m[1])
+			}
+		}
+	}
+	for _, m := range regexp.MustCompile(`(?m)^### ([a-z]+)$`).FindAllStringSubmatch(doc, -1) {
+		if verbs[m[1]] == nil {
+			t.Errorf("there is no penstock %s", m[1])
+		}
+	}
+
+	known := map[string]bool{}
+	for _, key := range config.Keys() {
+		known[key] = true
+		table, name, _ := strings.Cut(key, ".")
+		if !strings.Contains(section(t, doc, heading(table)), "`"+name+"`") {
+			t.Errorf("%s is not explained", key)
+		}
+	}
+	for _, m := range regexp.MustCompile("(?m)^### \\[+([a-z]+)\\]+$").FindAllStringSubmatch(doc, -1) {
+		text := section(t, doc, heading(m[1]))
+		for _, k := range regexp.MustCompile("(?m)^(?:\\| )?`([a-z_]+)`(?:, `([a-z_]+)`)?").FindAllStringSubmatch(text, -1) {
+			for _, name := range k[1:] {
+				if name != "" && !known[m[1]+"."+name] {
+					t.Errorf("there is no %s.%s", m[1], name)
+				}
+			}
+		}
+	}
+}
+
+func heading(table string) string {
+	switch table {
+	case "peer", "forward", "publish":
+		return "### [[" + table + "]]"
+	}
+	return "### [" + table + "]"
+}
