@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -33,6 +34,10 @@ func TestScripts(t *testing.T) {
 		RequireUniqueNames:  true,
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("XDG_RUNTIME_DIR", filepath.Join(env.WorkDir, "run"))
+			env.Setenv("LOCALHOST", "localhost")
+			if _, err := net.LookupHost("localhost"); err != nil { // no /etc/hosts here
+				env.Setenv("LOCALHOST", "127.0.0.1")
+			}
 			return os.Mkdir(filepath.Join(env.WorkDir, "run"), 0o700)
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
@@ -84,12 +89,19 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	re, err := regexp.Compile("(?m)" + args[0])
 	ts.Check(err)
+	var env []string
+	for _, name := range []string{"PATH", "HOME", "TMPDIR", "XDG_RUNTIME_DIR"} {
+		env = append(env, name+"="+ts.Getenv(name))
+	}
 	for end := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		err := ts.Exec(args[1], args[2:]...)
-		if out := ts.ReadFile("stdout"); err == nil && re.MatchString(out) {
+		cmd := exec.Command(args[1], args[2:]...) // not ts.Exec, which logs every try
+		cmd.Dir, cmd.Env = ts.MkAbs("."), env
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		if err := cmd.Run(); err == nil && re.Match(stdout.Bytes()) {
 			return
 		} else if time.Now().After(end) {
-			ts.Fatalf("%v never matches %s: %v\n%s", args[1:], args[0], err, out)
+			ts.Fatalf("%v never matches %s: %v\n%s%s", args[1:], args[0], err, stdout.Bytes(), stderr.Bytes())
 		}
 	}
 }
