@@ -5,6 +5,7 @@ package netstack
 import (
 	"net"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,6 +17,11 @@ func systemBurstReader(c net.Conn) func() (*burst, error) {
 	if raw == nil {
 		return nil
 	}
+	return rawBurstReader(raw)
+}
+
+// rawBurstReader is systemBurstReader for the socket itself.
+func rawBurstReader(raw syscall.RawConn) func() (*burst, error) {
 	var b *burst
 	var readErr error
 	try := func(fd uintptr) bool {

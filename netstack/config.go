@@ -34,6 +34,9 @@ type Config struct {
 
 	Peers []Peer
 
+	// Router makes the node a subnet router; nil: it routes nothing.
+	Router *RouterConfig
+
 	// DNS are name servers inside the VPN; names in addresses are then resolved by
 	// them, in turn. Empty: by the system.
 	DNS []netip.AddrPort
@@ -156,6 +159,9 @@ func (c *Config) validate() error {
 		}
 	}
 	validatePeers(c, bad)
+	if c.Router != nil {
+		c.Router.validate(bad)
+	}
 	return errors.Join(errs...)
 }
 

@@ -38,6 +38,7 @@ type Node struct {
 	link      *linkep.Endpoint
 	wrapper   *tunwrap.Wrapper
 	transport *transport.Transport
+	router    *router // nil: the node routes nothing
 
 	own     map[netip.Addr]bool // the node's addresses; never changes
 	allowed atomic.Pointer[bart.Lite]
@@ -114,7 +115,19 @@ func (n *Node) startOuter() error {
 	if err != nil {
 		return fmt.Errorf("netstack: %w", err)
 	}
-	n.wrapper = tunwrap.New(n.link, tunwrap.Options{MTU: n.innerMTU(), Logger: n.log})
+	link := tunwrap.Link(n.link)
+	if n.cfg.Router != nil {
+		if n.router, err = newRouter(n); err != nil {
+			closeAll(conns)
+			return err
+		}
+		link = n.router.link
+		if _, err := n.adopt(n.router); err != nil {
+			closeAll(conns)
+			return err
+		}
+	}
+	n.wrapper = tunwrap.New(link, tunwrap.Options{MTU: n.innerMTU(), Logger: n.log})
 	n.transport, err = transport.New(transport.Config{
 		Key:            n.cfg.PrivateKey,
 		Conns:          conns,
@@ -214,6 +227,9 @@ func (n *Node) applyAllowed() {
 		}
 	}
 	n.allowed.Store(t)
+	if n.router != nil {
+		n.router.setPeers(n.peers)
+	}
 }
 
 // applyNAT makes the translations of peers the wrapper's.

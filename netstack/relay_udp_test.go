@@ -51,7 +51,7 @@ func dialUDP(t *testing.T, r *Relay, ip string) *net.UDPConn {
 	return c
 }
 
-func exchange(t *testing.T, c *net.UDPConn, sent []byte) {
+func exchange(t *testing.T, c net.Conn, sent []byte) {
 	t.Helper()
 	if _, err := c.Write(sent); err != nil {
 		t.Fatal(err)

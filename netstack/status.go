@@ -26,6 +26,8 @@ type Status struct {
 	TCP       TCPStatus        `json:"tcp"`
 	UDP       UDPStatus        `json:"udp"`
 	Relays    []RelayStatus    `json:"relays"` // of Forward and Publish
+	// Router is nil when the node routes nothing.
+	Router *RouterStatus `json:"router,omitempty"`
 	// Drops are packets given up outside of the tunnel, by reason; only what
 	// happened. Those of the tunnel are in Tunnel.Drops.
 	Drops map[string]uint64 `json:"drops"`
@@ -103,6 +105,9 @@ func (n *Node) Status() Status {
 	st := n.stack.Stats()
 	s.TCP, s.UDP = tcpStatus(&st), udpStatus(&st)
 	s.Relays = n.relays()
+	if n.router != nil {
+		s.Router = n.router.status()
+	}
 	return s
 }
 
