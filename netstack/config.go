@@ -37,9 +37,8 @@ type Config struct {
 	// Router makes the node a subnet router; nil: it routes nothing.
 	Router *RouterConfig
 
-	// DNS are name servers inside the VPN; names in addresses are then resolved by
-	// them, in turn. Empty: by the system.
-	DNS []netip.AddrPort
+	// DNS says who resolves the names in addresses.
+	DNS DNS
 	// Resolver is used instead of DNS.
 	Resolver *net.Resolver
 
@@ -136,11 +135,7 @@ func (c *Config) validate() error {
 	if c.MTU != 0 && (c.MTU < least || c.MTU > maxMTU) {
 		bad("MTU", strconv.Itoa(c.MTU), fmt.Sprintf("0 or %d to %d bytes", least, maxMTU))
 	}
-	for i, a := range c.DNS {
-		if !a.IsValid() || a.Addr().IsUnspecified() || a.Port() == 0 {
-			bad(index("DNS", i), a.String(), "an address and port such as 10.66.0.1:53")
-		}
-	}
+	c.DNS.validate(bad)
 	switch c.TCP.CongestionControl {
 	case "", "cubic", "reno":
 	default:

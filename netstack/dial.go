@@ -240,7 +240,7 @@ func (n *Node) lookup(ctx context.Context, proto string, version int, address st
 	case parseErr == nil:
 		ips = []netip.Addr{ip}
 	default:
-		if ips, err = n.resolver.LookupNetIP(ctx, "ip", host); err != nil {
+		if ips, err = n.LookupNetIP(ctx, ipNetwork(version), host); err != nil {
 			return nil, lookupErr(ctx, err)
 		}
 	}
@@ -260,6 +260,17 @@ func (n *Node) lookup(ctx context.Context, proto string, version int, address st
 		return unreachableRank(n, a) - unreachableRank(n, b)
 	})
 	return addrs, nil
+}
+
+// ipNetwork names an IP version, 0 for both.
+func ipNetwork(version int) string {
+	switch version {
+	case 4:
+		return "ip4"
+	case 6:
+		return "ip6"
+	}
+	return "ip"
 }
 
 func unreachableRank(n *Node, a netip.AddrPort) int {

@@ -33,6 +33,7 @@ type Node struct {
 	started  time.Time
 	v4, v6   bool // the families it speaks
 	resolver *net.Resolver
+	dns      *dnsClient
 
 	stack     *stack.Stack
 	link      *linkep.Endpoint
@@ -96,6 +97,7 @@ func newInner(cfg Config) (*Node, error) {
 	}
 	n.v4, n.v6 = cfg.families()
 	n.allowed.Store(new(bart.Lite))
+	n.dns = newDNSClient(&n.cfg.DNS, n.Dial)
 	n.resolver = n.newResolver()
 	n.link = linkep.New(linkep.Options{
 		MTU: uint32(n.innerMTU()), NoGSO: cfg.NoGSO, QueueBytes: cfg.QueueBytes,
@@ -341,6 +343,7 @@ func (n *Node) Close() error {
 	n.mu.Unlock()
 	defer close(n.closed)
 
+	n.dns.Close() // what still waits for a name ends now
 	for c := range owned {
 		c.Close()
 	}

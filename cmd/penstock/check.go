@@ -84,11 +84,28 @@ func summary(w io.Writer, c *config.Config) error {
 	for _, p := range c.Publishes {
 		line("publish", "%s %s in the VPN -> %s", p.Network, p.Listen, p.To)
 	}
-	if len(c.DNS) > 0 {
-		line("dns", "%s", joined(c.DNS))
+	for _, s := range c.DNS.Split {
+		line("dns", "%s: %s", strings.Join(s.Domains, ", "), askedOf(s.Servers, s.ViaHost))
+	}
+	if len(c.DNS.Servers) > 0 {
+		line("dns", "%s", askedOf(c.DNS.Servers, false))
+	}
+	if len(c.DNS.Search) > 0 {
+		line("search", "%s", strings.Join(c.DNS.Search, ", "))
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+// askedOf says who answers for a domain.
+func askedOf(servers []netip.AddrPort, viaHost bool) string {
+	switch {
+	case len(servers) == 0:
+		return "the system"
+	case viaHost:
+		return joined(servers) + " by the host's network"
+	}
+	return joined(servers) + " through the VPN"
 }
 
 // peerName is how a peer is called: by its name, or by the begin of its key.

@@ -45,6 +45,9 @@ func full(v reflect.Value) {
 		for i := range v.NumField() {
 			full(v.Field(i))
 		}
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+		full(v.Elem())
 	case reflect.Slice:
 		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
 		full(v.Index(0))

@@ -20,7 +20,7 @@ type Config struct {
 	Peers     []Peer
 	Forwards  []Port // a port of the VPN, brought to a listener of this machine
 	Publishes []Port // a service of this machine, brought into the VPN
-	DNS       []netip.AddrPort
+	DNS       netstack.DNS
 	Offload   Offload
 	Timing    netstack.Timing
 

@@ -63,6 +63,16 @@ to = "localhost:53"
 
 [dns]
 servers = ["10.66.0.2", "[fd66::2]:5353"]
+search = "Corp.example."
+
+[[dns.split]]
+domains = ["lab.example", "10.in-addr.arpa"]
+servers = "192.0.2.7"
+via = "vpn"
+
+[[dns.split]]
+domains = "."
+via = "host"
 
 [offload]
 superpackets = false
@@ -142,8 +152,15 @@ func TestWhole(t *testing.T) {
 		},
 		Forwards:  []Port{{"tcp", "127.0.0.1:8080", "10.66.0.2:80"}, {"udp", "[::1]:53", "name.example.net:53"}},
 		Publishes: []Port{{"tcp", "10.66.0.1:80", "127.0.0.1:8000"}, {"udp6", ":53", "localhost:53"}},
-		DNS:       []netip.AddrPort{netip.MustParseAddrPort("10.66.0.2:53"), netip.MustParseAddrPort("[fd66::2]:5353")},
-		Offload:   Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
+		DNS: netstack.DNS{
+			Servers: []netip.AddrPort{netip.MustParseAddrPort("10.66.0.2:53"), netip.MustParseAddrPort("[fd66::2]:5353")},
+			Search:  []string{"corp.example"},
+			Split: []netstack.SplitDNS{
+				{Domains: []string{"lab.example", "10.in-addr.arpa"}, Servers: []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:53")}},
+				{Domains: []string{"."}, ViaHost: true},
+			},
+		},
+		Offload: Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
 		Timing: netstack.Timing{
 			HandshakeRetry: 500 * time.Millisecond, HandshakeRetryMax: 10 * time.Second, HandshakeTimeout: 5 * time.Second,
 			FlightInterval: 100 * time.Millisecond, DPD: 5 * time.Second, DPDTimeout: 20 * time.Second,

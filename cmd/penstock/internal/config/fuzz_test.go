@@ -126,7 +126,14 @@ func written(c *Config) string {
 		text("to", p.To)
 	}
 	b.WriteString("[dns]\n")
-	list("servers", len(c.DNS), func(i int) string { return c.DNS[i].String() })
+	list("servers", len(c.DNS.Servers), func(i int) string { return c.DNS.Servers[i].String() })
+	list("search", len(c.DNS.Search), func(i int) string { return c.DNS.Search[i] })
+	for _, s := range c.DNS.Split {
+		b.WriteString("[[dns.split]]\n")
+		list("domains", len(s.Domains), func(i int) string { return s.Domains[i] })
+		list("servers", len(s.Servers), func(i int) string { return s.Servers[i].String() })
+		line("via", "%q", s.ViaHost, "host")
+	}
 	b.WriteString("[offload]\n")
 	o, t := c.Offload, c.Timing
 	line("superpackets", "%v", true, !o.NoSuperpackets)

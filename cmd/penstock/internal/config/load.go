@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -94,7 +93,7 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 	for i := range raw.Publish {
 		c.Publishes = append(c.Publishes, r.port(element("publish", i), &raw.Publish[i]))
 	}
-	c.DNS = r.servers(raw.DNS.Servers)
+	c.DNS = r.dns(&raw.DNS)
 	c.Offload = Offload{
 		NoSuperpackets: !r.flag("offload.superpackets", raw.Offload.Superpackets),
 		NoGSO:          !r.flag("offload.gso", raw.Offload.GSO),
@@ -178,27 +177,4 @@ var logLevels = map[string]slog.Level{
 func LogLevel(name string) (slog.Level, bool) {
 	l, ok := logLevels[name]
 	return l, ok
-}
-
-// servers reads dns.servers.
-func (r *reader) servers(v any) (servers []netip.AddrPort) {
-	const want = `the address of a server, such as "10.66.0.2" or "10.66.0.2:53"`
-	for _, it := range r.texts("dns.servers", v, want) {
-		ap, err := netip.ParseAddrPort(it.text)
-		if err != nil {
-			var a netip.Addr
-			if a, err = netip.ParseAddr(it.text); err == nil {
-				ap = netip.AddrPortFrom(a, 53)
-			}
-		}
-		switch {
-		case err != nil:
-			r.wrong(it.path, quoted(it.text)+" is not an address", want)
-		case ap.Port() == 0 || unusable(ap.Addr()) != "":
-			r.wrong(it.path, quoted(it.text)+" cannot be a server", want)
-			ap = netip.AddrPort{} // holds its place in the list, for the positions
-		}
-		servers = append(servers, ap)
-	}
-	return servers
 }

@@ -136,6 +136,17 @@ func TestMistakes(t *testing.T) {
 			"node.toml:9: dns.servers: \"dns.example.net\" is not an address; expected the address of a server, such as \"10.66.0.2\"",
 			"node.toml:9: dns.servers: \"10.66.0.2:0\" cannot be a server",
 			"node.toml:9: dns.servers: no peer carries 10.66.0.3"}},
+		{"split dns", node + peerB + "[dns]\nsearch = \"a..b\"\n[[dns.split]]\nservers = \"10.66.0.3\"\ndomains = [\"x.example\", \"X.example.\"]\nvia = \"tunnel\"\n" +
+			"[[dns.split]]\ndomain = \"y.example\"\n[[dns.split]]\ndomains = [\".\", \"-\"]\nvia = \"host\"\nservers = [\"127.0.0.1:5353\"]\n", []string{
+			"node.toml:9: dns.search: \"a..b\" is no domain; expected a domain, such as \"corp.example\"",
+			"node.toml:11: dns.split.servers: no peer carries 10.66.0.3; expected an address within some peer's allowed_ips",
+			"node.toml:12: dns.split.domains: \"X.example.\" is there twice; expected each domain once",
+			"node.toml:13: dns.split.via: \"tunnel\" is no way to a server; expected \"vpn\" or \"host\"",
+			"node.toml:14: dns.split.domains: is missing; expected a domain",
+			"node.toml:14: dns.split.servers: is missing; expected the address of a server, such as \"10.66.0.2\" or \"10.66.0.2:53\", or via = \"host\"",
+			"node.toml:15: dns.split: unknown key \"domain\"; expected domains"}},
+		{"split dns in one bracket", node + "[dns.split]\ndomains = \"x\"\n", []string{
+			"node.toml:5: dns.split: is a table; expected [[dns.split]], in two brackets, since there may be several"}},
 		{"offload", node + "[offload]\ngso = \"off\"\nsend_buffer = \"lots\"\nreceive_buffer = \"2TiB\"\n[timing]\ndpd = 10\ndpd_timeout = \"never\"\nkeepalive = \"1h30\"\nrekey = \"1ms\"\nrekey_records = 268435457\n", []string{
 			"node.toml:6: offload.gso: is a string; expected true or false",
 			"node.toml:7: offload.send_buffer: \"lots\" is not a size; expected a size from 4KiB to 1GiB, such as \"4MiB\"",

@@ -46,7 +46,15 @@ type rawPort struct {
 }
 
 type rawDNS struct {
+	Servers any        `toml:"servers"`
+	Search  any        `toml:"search"`
+	Split   []rawSplit `toml:"split"`
+}
+
+type rawSplit struct {
+	Domains any `toml:"domains"`
 	Servers any `toml:"servers"`
+	Via     any `toml:"via"`
 }
 
 type rawOffload struct {
@@ -74,17 +82,23 @@ type rawTiming struct {
 
 // table is what the schema knows of one table of the file.
 type table struct {
-	name string
-	many bool // [[name]]
+	name string // with that of the table around it, "dns.split"
+	many bool   // [[name]]
 	keys []string
 }
 
 // schema are the tables of a file, read off rawFile.
-var schema = func() (tables []table) {
-	file := reflect.TypeFor[rawFile]()
-	for i := range file.NumField() {
-		f := file.Field(i)
-		t := table{name: f.Tag.Get("toml"), many: f.Type.Kind() == reflect.Slice}
+var schema = tablesIn("", reflect.TypeFor[rawFile]())
+
+// tablesIn reads the tables in a struct, each followed by those in it. A table of which there
+// are many has none in it.
+func tablesIn(around string, in reflect.Type) (tables []table) {
+	for i := range in.NumField() {
+		f := in.Field(i)
+		if f.Type.Kind() == reflect.Interface {
+			continue // a leaf
+		}
+		t := table{name: join(around, f.Tag.Get("toml")), many: f.Type.Kind() == reflect.Slice}
 		fields := f.Type
 		if t.many {
 			fields = fields.Elem()
@@ -92,17 +106,23 @@ var schema = func() (tables []table) {
 		for j := range fields.NumField() {
 			t.keys = append(t.keys, fields.Field(j).Tag.Get("toml"))
 		}
-		tables = append(tables, t)
+		tables = append(append(tables, t), tablesIn(t.name, fields)...)
 	}
 	return tables
-}()
+}
 
 // Keys are all keys a file may have, "peer.allowed_ips" for one, in the order
 // of the documentation.
 func Keys() (keys []string) {
+	tables := map[string]bool{}
+	for _, t := range schema {
+		tables[t.name] = true
+	}
 	for _, t := range schema {
 		for _, k := range t.keys {
-			keys = append(keys, t.name+"."+k)
+			if !tables[t.name+"."+k] {
+				keys = append(keys, t.name+"."+k)
+			}
 		}
 	}
 	return keys
@@ -113,23 +133,30 @@ var subscript = regexp.MustCompile(`\[\d+\]`)
 // checkKeys reports every key that the schema does not know, with the nearest
 // that it does.
 func (r *reader) checkKeys() {
-	known := map[string]bool{}
+	known, table := map[string]bool{}, map[string]bool{}
 	var tables []string
 	for _, t := range schema {
-		known[t.name] = true
-		tables = append(tables, t.name)
+		known[t.name], table[t.name] = true, true
+		if !strings.Contains(t.name, ".") {
+			tables = append(tables, t.name)
+		}
 		for _, k := range t.keys {
 			known[t.name+"."+k] = true
 		}
 	}
 	for _, path := range r.index.keys {
 		plain := subscript.ReplaceAllString(path, "")
-		inside, key, nested := strings.Cut(plain, ".")
+		inside, key, nested := "", plain, false
+		if dot := strings.LastIndexByte(plain, '.'); dot >= 0 {
+			inside, key, nested = plain[:dot], plain[dot+1:], true
+		}
 		switch {
-		case known[plain], known[inside] && strings.Contains(key, "."):
-			continue // a leaf written as a table is a mistake of type, found later
-		case !known[inside] && nested:
-			continue // its table is the mistake
+		case known[plain]:
+			continue
+		case nested && !table[inside]:
+			// What is around it is the mistake: an unknown table, or a leaf written as one,
+			// which is a mistake of type, found later.
+			continue
 		case !nested:
 			r.wrongAt(path, "", "unknown key "+quoted(plain), wantKey(plain, "", tables))
 		default:

@@ -26,11 +26,7 @@ func (r *reader) together(c *Config) {
 			r.wrong(element("forward", i)+".to", "no peer carries "+a.String(), "an address within some peer's allowed_ips")
 		}
 	}
-	for i, s := range c.DNS {
-		if s.IsValid() && !c.carried(s.Addr()) {
-			r.wrong(element("dns.servers", i), "no peer carries "+s.Addr().String(), "an address within some peer's allowed_ips")
-		}
-	}
+	r.serversTogether(c)
 }
 
 func (r *reader) peersTogether(c *Config) {
