@@ -129,7 +129,7 @@ func TestStatusKeys(t *testing.T) {
 		switch v := v.(type) {
 		case map[string]any:
 			for k, e := range v {
-				if strings.HasSuffix(path, "drops") {
+				if strings.HasSuffix(path, "drops") || strings.HasSuffix(path, "router.refused") {
 					k = "REASON"
 				}
 				walk(strings.TrimPrefix(path+"."+k, "."), e)
