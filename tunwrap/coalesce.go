@@ -91,14 +91,12 @@ func (c *coalescer) add(b []byte, l *layout) {
 	}
 	s, found := c.find(b, l)
 	if found {
-		if g := &c.groups[s.group]; g.open {
-			if c.joins(g, b, l) {
-				c.join(g, b, l)
-				return
-			}
-			g.open = false
+		if g := &c.groups[s.group]; g.open && c.joins(g, b, l) {
+			c.join(g, b, l)
+			return
 		}
 	}
+	// From now on this is the flow's group. What came before b can take no more.
 	s.group = int32(len(c.groups))
 	c.open(b, l)
 }
@@ -118,7 +116,7 @@ func (c *coalescer) open(b []byte, l *layout) {
 	g.hdrLen = l.l4 + int(t[tcpDataOff]>>4)*4
 	g.size = len(b) - g.hdrLen
 	flags := t[tcpFlags]
-	if g.size == 0 || flags&^(flagPSH|flagECE|flagCWR) != flagACK || flags&flagPSH != 0 {
+	if g.size == 0 || flags&^(flagECE|flagCWR) != flagACK {
 		return
 	}
 	if l.atomic || l.version == 4 && l.options {
@@ -134,7 +132,7 @@ func (c *coalescer) open(b []byte, l *layout) {
 // joins reports whether b, of the same flow as g, continues it.
 func (c *coalescer) joins(g *group, b []byte, l *layout) bool {
 	f := c.packets[g.first].b
-	if l.l4 != g.layout.l4 || l.options != g.layout.options || len(b) <= g.hdrLen {
+	if l.l4 != g.layout.l4 || len(b) <= g.hdrLen {
 		return false
 	}
 	n := len(b) - g.hdrLen

@@ -244,6 +244,16 @@ func TestCoalesceRules(t *testing.T) {
 			t.Errorf("%d packets", len(got))
 		}
 	})
+	t.Run("extension headers must be equal", func(t *testing.T) {
+		var in [][]byte
+		for i := range 3 {
+			in = append(in, nth(true, i, func(s *spec) { s.ipExtra, s.ext = bytes.Clone(hopByHop), 0; s.ipExtra[5] = byte(i / 2) }))
+		}
+		var co coalescer
+		if got := coalesced(t, &co, in); len(got) != 2 || got[0].members != 2 {
+			t.Errorf("%d packets", len(got))
+		}
+	})
 	t.Run("fragments stay alone", func(t *testing.T) {
 		var in [][]byte
 		for i := range 3 {
@@ -318,12 +328,13 @@ func TestCoalesceFlows(t *testing.T) {
 
 // Epochs of the flow table must not leak one batch into the next, not even when they wrap.
 func TestCoalesceEpochs(t *testing.T) {
-	s := spec{flags: ack, payload: payload(2000)}
-	segs := s.plainSegments(1000)
 	var c coalescer
-	coalesced(t, &c, segs[:1])
-	c.epoch = 1<<32 - 2
-	for range 4 {
+	c.begin(4)
+	c.epoch = 1<<32 - 3
+	for i := range 6 {
+		// A flow of its own each time, so that slots never used are met as well.
+		s := spec{sport: uint16(i), flags: ack, payload: payload(2000)}
+		segs := s.plainSegments(1000)
 		for i := range segs {
 			if got := coalesced(t, &c, segs[i:i+1]); len(got) != 1 || !bytes.Equal(got[0].b, segs[i]) {
 				t.Fatal("changed")
@@ -332,6 +343,9 @@ func TestCoalesceEpochs(t *testing.T) {
 		if got := coalesced(t, &c, segs); len(got) != 1 {
 			t.Fatalf("%d packets", len(got))
 		}
+	}
+	if c.epoch > 100 {
+		t.Fatal("the epoch has not wrapped")
 	}
 }
 
@@ -436,6 +450,23 @@ func repair(b []byte) bool {
 	}
 	v, _, d := verify(bytes.Clone(b))
 	return d == DropNone && len(v) == len(b)
+}
+
+// A writer in its pool must not keep the buffers of its last batch alive.
+func TestWriterForgets(t *testing.T) {
+	w := New(new(fakeLink), Options{})
+	defer w.Close()
+	s := spec{flags: ack, payload: payload(5000)}
+	var x writer
+	x.write(w, s.plainSegments(1000), 0)
+	if len(x.coalescer.packets) != 5 {
+		t.Fatalf("%d packets", len(x.coalescer.packets))
+	}
+	for i, m := range x.coalescer.packets {
+		if m.b != nil {
+			t.Errorf("packet %d", i)
+		}
+	}
 }
 
 // Write delivers what the coalescer makes.

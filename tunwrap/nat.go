@@ -77,8 +77,9 @@ func newNATTable(rules []NATRule) (*natTable, error) {
 	return t, nil
 }
 
-// outbound translates the packet b, laid out as l, in place. g is its offload metadata:
-// a superpacket's checksums are left alone because they are yet to be computed.
+// outbound translates the packet b, laid out as l, in place; of a superpacket, the headers
+// are enough. g is its offload metadata, with CsumStart set: they tell whether the checksum
+// is partial.
 func (t *natTable) outbound(b []byte, l *layout, g *GSO) {
 	addrs := l.addresses(b)
 	n := len(addrs) / 2
@@ -170,14 +171,10 @@ func mendOuter(b []byte, l *layout, g *GSO, diff uint16) {
 	if l.version == 4 {
 		mend(b[ip4Checksum:], diff)
 	}
-	switch {
-	case g.Type != GSONone:
-	case g.NeedsCsum:
-		if at := int(g.CsumStart) + int(g.CsumOffset); at+2 <= len(b) {
-			mendPartial(b[at:], diff)
-		}
-	default:
+	if !g.NeedsCsum {
 		mendTransport(b, l, diff)
+	} else if at := int(g.CsumStart) + int(g.CsumOffset); at+2 <= len(b) {
+		mendPartial(b[at:], diff)
 	}
 }
 

@@ -95,6 +95,23 @@ func TestNAT(t *testing.T) {
 			t.Errorf("%x", out)
 		}
 	})
+	t.Run("UDP checksum that becomes zero", func(t *testing.T) {
+		for _, v6 := range []bool{false, true} {
+			s := spec{v6: v6, udp: true, payload: make([]byte, 2)}
+			if s.dst = netip.MustParseAddr("192.0.2.5"); v6 {
+				s.dst = netip.MustParseAddr("2001:db8::5")
+			}
+			translated := s
+			translated.src = netip.MustParseAddr([]string{"172.31.255.1", "2001:db8:5::1"}[b2i(v6)])
+			c := header.UDP(translated.full()[s.l4Offset():]).Checksum()
+			s.payload[0], s.payload[1] = byte(c>>8), byte(c)
+			translated.payload = s.payload
+			out, _ := both(t, n, s.full())
+			if want := translated.full(); !bytes.Equal(out, want) || header.UDP(out[s.l4Offset():]).Checksum() != 0xffff {
+				t.Errorf("\n got %x\nwant %x", out, want)
+			}
+		}
+	})
 	t.Run("later fragments have no transport header", func(t *testing.T) {
 		s := spec{dst: netip.MustParseAddr("192.0.2.5"), payload: payload(99)}
 		b := s.full()

@@ -236,6 +236,17 @@ func TestSegmentRefuses(t *testing.T) {
 			}
 		})
 	}
+	// The same for packets that are only to get their checksum.
+	for name, g := range map[string]GSO{
+		"start beyond":  {NeedsCsum: true, CsumStart: 65535, CsumOffset: 16},
+		"offset beyond": {NeedsCsum: true, CsumStart: 20, CsumOffset: 65535},
+		"half":          {NeedsCsum: true, CsumStart: 20, CsumOffset: 3019},
+	} {
+		b := tcp.partial()
+		if d := finish(b, &g, nil); d != DropGSO || !bytes.Equal(b, tcp.partial()) {
+			t.Errorf("%s: %v", name, d)
+		}
+	}
 	// A HdrLen that is wrong is not even looked at, and the ECN bit is masked.
 	for _, h := range []uint16{0, 1, 65535} {
 		x := g(func(g *GSO) { g.HdrLen = h; g.Type |= GSOECN })

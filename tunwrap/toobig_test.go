@@ -122,6 +122,8 @@ func TestTooBigSilence(t *testing.T) {
 	offset[7] = 8
 	laterFragment := spec{v6: true, payload: payload(1400), ipExtra: []byte{6, 0, 0, 8, 1, 2, 3, 4}, ext: 44}
 	small := spec{v6: true, payload: payload(1200)}
+	deathOffset := fullOf(spec{payload: payload(1400)})
+	deathOffset[6], deathOffset[7] = 0x1f, 0xff
 	noRoom := spec{payload: payload(100), ipExtra: bytes.Repeat([]byte{1}, 40)}
 	fits := spec{payload: payload(100)}
 	for _, c := range []struct {
@@ -148,6 +150,7 @@ func TestTooBigSilence(t *testing.T) {
 		{"later IPv6 fragment", laterFragment.full(), 1300, DropTooBig},
 		{"below the minimum of IPv6", small.full(), 1000, DropTooBig},
 		{"no room for a fragment", noRoom.full(), 67, DropTooBig},
+		{"beyond 64 KiB", deathOffset, 1300, DropTooBig},
 		{"fits", fits.full(), 140, DropTooBig},
 		{"no packet", []byte{0x45}, 1300, DropMalformed},
 	} {
@@ -298,6 +301,46 @@ func TestTooBigUDP(t *testing.T) {
 	}
 	if s := a.Wrapper.Stats(); s.Fragments == 0 || s.TooBig != 0 {
 		t.Errorf("%+v", s)
+	}
+}
+
+func fullOf(s spec) []byte { return s.full() }
+
+// Fragments pass NAT once more, so they are queued as the stack had sent them.
+func TestFragmentsBeforeNAT(t *testing.T) {
+	link := new(fakeLink)
+	w := New(link, Options{})
+	defer w.Close()
+	if err := w.SetNAT([]NATRule{rule("10.7.7.7", "10.0.0.1", "10.0.0.0/24")}); err != nil {
+		t.Fatal(err)
+	}
+	outside := spec{udp: true, id: 4, payload: payload(1400)}
+	inside := outside
+	inside.src = netip.MustParseAddr("10.7.7.7")
+	_, fs := tell(w, link, outside.full(), 1000)
+	if len(fs) != 2 {
+		t.Fatalf("%d fragments", len(fs))
+	}
+	var got []byte
+	for _, f := range fs {
+		if !header.IPv4(f).IsChecksumValid() || !bytes.Equal(f[12:16], inside.src.AsSlice()) {
+			t.Errorf("%x", f[:20])
+		}
+		got = append(got, f[20:]...)
+	}
+	if !bytes.Equal(got, inside.full()[20:]) {
+		t.Error("payload")
+	}
+	// And once they have passed it they are as they were.
+	got = nil
+	for _, f := range readAll(t, w, 4, 1500) {
+		if !header.IPv4(f).IsChecksumValid() || !bytes.Equal(f[12:16], []byte{10, 0, 0, 1}) {
+			t.Errorf("%x", f[:20])
+		}
+		got = append(got, f[20:]...)
+	}
+	if !bytes.Equal(got, outside.full()[20:]) {
+		t.Error("payload after NAT")
 	}
 }
 

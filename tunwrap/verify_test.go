@@ -139,6 +139,17 @@ func TestVerify(t *testing.T) {
 		{"fragment", tcp.full(), func(b []byte) []byte { b[6] = 0x20; b[60] ^= 1; fix4(b); return b }, DropNone, 0},
 		{"later fragment", tcp.full(), func(b []byte) []byte { b[7] = 9; b[60] ^= 1; fix4(b); return b }, DropNone, 0},
 		{"IPv6 fragment", atomic.full(), func(b []byte) []byte { b[43] = 1; b[80] ^= 1; return b }, DropNone, 0},
+		{"header longer than the packet", (&spec{}).full(), func(b []byte) []byte {
+			b[0] = 0x4a
+			header.IPv4(b).SetTotalLength(39)
+			header.IPv4(b).SetChecksum(0)
+			header.IPv4(b).SetChecksum(^header.IPv4(b[:40]).CalculateChecksum())
+			return b
+		}, DropMalformed, 0},
+		{"later fragment of an extension header", (&spec{v6: true, ipExtra: []byte{60, 0, 0, 8, 1, 2, 3, 4}, ext: 44}).full(), func(b []byte) []byte {
+			b[49] = 255 // would be a length
+			return b
+		}, DropNone, 0},
 		{"later IPv6 fragment", atomic.full(), func(b []byte) []byte { b[43] = 8; b[80] ^= 1; return b }, DropNone, 0},
 		{"other protocol", tcp.full(), func(b []byte) []byte { b[9] = 132; fix4(b); return b }, DropNone, 0},
 	} {
