@@ -343,6 +343,9 @@ func TestCoalesceEpochs(t *testing.T) {
 		if got := coalesced(t, &c, segs); len(got) != 1 {
 			t.Fatalf("%d packets", len(got))
 		}
+		if c.epoch == 0 {
+			t.Fatal("0 is the epoch of slots never used")
+		}
 	}
 	if c.epoch > 100 {
 		t.Fatal("the epoch has not wrapped")
