@@ -100,7 +100,7 @@ func newInner(cfg Config) (*Node, error) {
 	n.dns = newDNSClient(&n.cfg.DNS, n.Dial)
 	n.resolver = n.newResolver()
 	n.link = linkep.New(linkep.Options{
-		MTU: uint32(n.innerMTU()), NoGSO: cfg.NoGSO, QueueBytes: cfg.QueueBytes,
+		MTU: uint32(n.innerMTU()), GSOMaxSize: superpacketSize(n.innerMTU()), NoGSO: cfg.NoGSO, QueueBytes: cfg.QueueBytes,
 	})
 	var err error
 	if n.stack, err = newStack(&n.cfg, n.link); err != nil {
@@ -129,7 +129,7 @@ func (n *Node) startOuter() error {
 			return err
 		}
 	}
-	n.wrapper = tunwrap.New(link, tunwrap.Options{MTU: n.innerMTU(), Logger: n.log})
+	n.wrapper = tunwrap.New(link, tunwrap.Options{MTU: n.innerMTU(), BatchSize: batchPackets(n.innerMTU()), Logger: n.log})
 	n.transport, err = transport.New(transport.Config{
 		Key:            n.cfg.PrivateKey,
 		Conns:          conns,

@@ -23,6 +23,15 @@ func (t *Transport) outboundPump() {
 	}
 }
 
+// maxRecordOverhead is what the largest record adds to an inner packet, in bytes: that of AES-GCM.
+const maxRecordOverhead = headSlack + tagSize
+
+// RunPackets is how many inner packets of full size, innerMTU bytes, one run carries. Whoever
+// makes superpackets does well to let none become more than that.
+func RunPackets(innerMTU int) int {
+	return max(min(MaxRunSegments, MaxRunBytes/(innerMTU+maxRecordOverhead)), 1)
+}
+
 // outbound is the pump's batch: one arena of equal buffers, cut so that full
 // packets sealed with AES-GCM lie end to end and a run of them is one piece of memory.
 type outbound struct {
@@ -51,7 +60,7 @@ type outboundRun struct {
 
 func newOutbound(t *Transport) *outbound {
 	n := t.cfg.Device.BatchSize()
-	stride := headSlack + t.cfg.InnerMTU + tagSize
+	stride := t.cfg.InnerMTU + maxRecordOverhead
 	arena := make([]byte, n*stride)
 	o := &outbound{
 		t:       t,
