@@ -152,7 +152,7 @@ func TestPortsRefused(t *testing.T) {
 		if err := outcome(r); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("%s: got %v, want a reset", name, err)
 		}
-		if took := time.Since(began); took > 2*time.Second {
+		if took := time.Since(began); took > defaultLimits.dialTimeout/2 {
 			t.Errorf("%s: the reset took %v", name, took)
 		}
 	}
@@ -278,7 +278,7 @@ func TestPortsClose(t *testing.T) {
 	if err := a.Close(); err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(began); took > 3*time.Second {
+	if took := time.Since(began); took > defaultLimits.closing {
 		t.Errorf("Close took %v", took)
 	}
 	writing.Wait()

@@ -87,11 +87,11 @@ func TestRelayUDP(t *testing.T) {
 // forgotten one may come again.
 func TestRelayUDPIdle(t *testing.T) {
 	limits := defaultLimits
-	limits.udpIdle = 200 * time.Millisecond
+	limits.udpIdle = 600 * time.Millisecond
 	r := testRelay(t, "udp", udpService(t), limits)
 	silent, busy := dialUDP(t, r, "127.0.0.1"), dialUDP(t, r, "127.0.0.1")
 	exchange(t, silent, []byte("once"))
-	for end := time.Now().Add(2 * limits.udpIdle); time.Now().Before(end); time.Sleep(limits.udpIdle / 20) {
+	for end := time.Now().Add(2 * limits.udpIdle); time.Now().Before(end); time.Sleep(limits.udpIdle / 50) {
 		exchange(t, busy, []byte("again and again"))
 	}
 	s := waitStatus(t, r, func(s RelayStatus) bool { return s.Open == 1 })
