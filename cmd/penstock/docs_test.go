@@ -73,7 +73,7 @@ func TestDocs(t *testing.T) {
 			t.Errorf("%s is not explained", key)
 		}
 	}
-	for _, m := range regexp.MustCompile("(?m)^### \\[+([a-z.]+)\\]+$").FindAllStringSubmatch(doc, -1) {
+	for _, m := range regexp.MustCompile(`(?m)^### \[+([a-z.]+)\]+$`).FindAllStringSubmatch(doc, -1) {
 		text := section(t, doc, heading(m[1]))
 		for _, k := range regexp.MustCompile("(?m)^(?:\\| )?`([a-z_]+)`(?:, `([a-z_]+)`)?").FindAllStringSubmatch(text, -1) {
 			for _, name := range k[1:] {
