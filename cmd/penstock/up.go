@@ -164,6 +164,7 @@ func nodeConfig(c *config.Config, log *slog.Logger) netstack.Config {
 		Listen:       c.Node.Listen,
 		MTU:          c.Node.MTU,
 		DNS:          c.DNS,
+		TCP:          c.TCP,
 		Timing:       c.Timing,
 		CipherSuites: c.Node.CipherSuites,
 		NoGSO:        c.Offload.NoSuperpackets,

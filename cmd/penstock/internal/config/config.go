@@ -22,6 +22,7 @@ type Config struct {
 	Publishes []Port // a service of this machine, brought into the VPN
 	DNS       netstack.DNS
 	Offload   Offload
+	TCP       netstack.TCPOptions
 	Timing    netstack.Timing
 
 	// Warnings do not stop a node, but its owner should know.

@@ -83,6 +83,11 @@ receive_buffer = 8388608
 max_segments = 32
 pacing_rate = "100MiB"
 
+[tcp]
+congestion_control = "reno"
+sack = true
+rack = false
+
 [timing]
 handshake_retry = "500ms"
 handshake_retry_max = "10s"
@@ -161,6 +166,7 @@ func TestWhole(t *testing.T) {
 			},
 		},
 		Offload: Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
+		TCP:     netstack.TCPOptions{CongestionControl: "reno", NoRACK: true},
 		Timing: netstack.Timing{
 			HandshakeRetry: 500 * time.Millisecond, HandshakeRetryMax: 10 * time.Second, HandshakeTimeout: 5 * time.Second,
 			FlightInterval: 100 * time.Millisecond, DPD: 5 * time.Second, DPDTimeout: 20 * time.Second,

@@ -103,6 +103,7 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 		MaxSegments:    int(r.integer("offload.max_segments", raw.Offload.MaxSegments, 1, 128)),
 		PacingRate:     r.size("offload.pacing_rate", raw.Offload.PacingRate, 1<<10, 1<<30),
 	}
+	c.TCP = r.tcp(&raw.TCP)
 	c.Timing = r.timing(&raw.Timing)
 	r.together(c)
 	if err := r.sorted(); err != nil {

@@ -156,6 +156,9 @@ func TestMistakes(t *testing.T) {
 			"node.toml:12: timing.keepalive: \"1h30\" is not a time; expected a time from 100ms to 24h0m0s, such as \"200ms\", or \"off\"",
 			"node.toml:13: timing.rekey: 1ms is out of range",
 			"node.toml:14: timing.rekey_records: is 268435457; expected a whole number from 1000 to 268435456"}},
+		{"tcp", node + "[tcp]\ncongestion_control = \"bbr\"\nsack = 1\n", []string{
+			"node.toml:6: tcp.congestion_control: \"bbr\" is not a congestion control; expected cubic or reno",
+			"node.toml:7: tcp.sack: is an integer; expected true or false"}},
 		{"clocks", node + "[timing]\ndpd = \"10s\"\ndpd_timeout = \"10s\"\nhandshake_retry = \"2s\"\nhandshake_retry_max = \"1s\"\n", []string{
 			"node.toml:7: timing.dpd_timeout: 10s is not longer than dpd, 10s; expected time for a question and its answer",
 			"node.toml:9: timing.handshake_retry_max: 1s is shorter than handshake_retry, 2s"}},

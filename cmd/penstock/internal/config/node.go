@@ -176,6 +176,19 @@ func (r *reader) empty(v any) bool {
 	return v == nil || isList && len(list) == 0
 }
 
+// tcp reads the [tcp] table.
+func (r *reader) tcp(raw *rawTCP) (t netstack.TCPOptions) {
+	const want = "cubic or reno"
+	if s, ok := r.text("tcp.congestion_control", raw.CongestionControl, want); ok {
+		if t.CongestionControl = s; s != "cubic" && s != "reno" {
+			r.wrong("tcp.congestion_control", quoted(s)+" is not a congestion control", want)
+		}
+	}
+	t.NoSACK = !r.flag("tcp.sack", raw.SACK)
+	t.NoRACK = !r.flag("tcp.rack", raw.RACK)
+	return t
+}
+
 func (r *reader) timing(raw *rawTiming) (t netstack.Timing) {
 	const ms, s, m, h = time.Millisecond, time.Second, time.Minute, time.Hour
 	t.HandshakeRetry = r.duration("timing.handshake_retry", raw.HandshakeRetry, 10*ms, h, false)

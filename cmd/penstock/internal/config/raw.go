@@ -17,6 +17,7 @@ type rawFile struct {
 	Publish []rawPort  `toml:"publish"`
 	DNS     rawDNS     `toml:"dns"`
 	Offload rawOffload `toml:"offload"`
+	TCP     rawTCP     `toml:"tcp"`
 	Timing  rawTiming  `toml:"timing"`
 }
 
@@ -65,6 +66,12 @@ type rawOffload struct {
 	ReceiveBuffer any `toml:"receive_buffer"`
 	MaxSegments   any `toml:"max_segments"`
 	PacingRate    any `toml:"pacing_rate"`
+}
+
+type rawTCP struct {
+	CongestionControl any `toml:"congestion_control"`
+	SACK              any `toml:"sack"`
+	RACK              any `toml:"rack"`
 }
 
 type rawTiming struct {
