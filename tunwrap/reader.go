@@ -103,7 +103,7 @@ func (r *Reader) drain(bufs [][]byte, sizes []int, offset int) (n int) {
 func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, dst []byte, size *int) int {
 	total := pkt.Size()
 	g := FromStack(pkt)
-	if g.Type != GSONone && total > int(g.GSOSize) {
+	if g.GSOSize != 0 && total > int(g.GSOSize) {
 		if d := r.seg.load(r.viewsOf(pkt), total, g); d != DropNone {
 			r.w.drops.add(d)
 			pkt.DecRef()
@@ -120,7 +120,9 @@ func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, dst []byte, size *
 		return 0
 	}
 
-	// Small enough to be one segment whatever its headers are.
+	// Small enough to be one segment whatever its headers are. Or there is no size yet:
+	// gVisor's TCP marks all its packets but SYN for offload, and the MSS is 0 until the
+	// handshake is done (Endpoint.initGSO comes before newSender).
 	g.Type = GSONone
 	d := DropOversize
 	if total <= len(dst) {

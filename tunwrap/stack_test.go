@@ -263,3 +263,61 @@ func TestStacks(t *testing.T) {
 		}
 	}
 }
+
+// A connection that is not yet established has no MSS, but its resets are marked for offload like
+// everything else.
+func TestResetInHandshake(t *testing.T) {
+	for family, name := range []string{"IPv4", "IPv6"} {
+		t.Run(name, func(t *testing.T) {
+			a := newNode(t, 1400, "10.0.0.1", "fd00::1")
+			defer a.stop()
+			at, proto := a.full(family, 80)
+			at.Addr = tcpip.AddrFromSlice(netip.MustParseAddr([]string{"10.0.0.2", "fd00::2"}[family]).AsSlice())
+			ctx, cancel := context.WithCancel(context.Background())
+			dialed := make(chan error)
+			go func() {
+				_, err := gonet.DialContextTCP(ctx, a.Stack, at, proto)
+				dialed <- err
+			}()
+			defer func() { cancel(); <-dialed }()
+
+			bufs, sizes := buffers(8, 1500)
+			// read waits for a TCP packet with the flags; the stack says other things too.
+			read := func(flags header.TCPFlags) header.TCP {
+				for {
+					n, err := a.Read(bufs, sizes, headroom)
+					if err != nil {
+						t.Fatal(err)
+					}
+					for i := range n {
+						b := bufs[i][headroom : headroom+sizes[i]]
+						if err := valid(b); err != nil {
+							t.Fatal(err)
+						}
+						if l, _ := locate(b, len(b)); l.proto == protoTCP && header.TCP(b[l.l4:]).Flags() == flags {
+							return header.TCP(b[l.l4:])
+						}
+					}
+				}
+			}
+			watchdog := time.AfterFunc(10*time.Second, a.link.Close)
+			defer watchdog.Stop()
+			first := read(header.TCPFlagSyn)
+			wrong := spec{
+				v6: family == 1, sport: 80, dport: first.SourcePort(), flags: syn | ack, seq: 9,
+				ack: first.SequenceNumber() + 1000,
+			}
+			src, dst := wrong.addrs()
+			wrong.src, wrong.dst = dst, src
+			if _, err := a.Write([][]byte{wrong.full()}, 0); err != nil {
+				t.Fatal(err)
+			}
+			if h := read(header.TCPFlagRst); h.SequenceNumber() != wrong.ack {
+				t.Errorf("sequence number %d", h.SequenceNumber())
+			}
+			if d := a.Drops(); d.Total() != 0 {
+				t.Errorf("drops %v", d)
+			}
+		})
+	}
+}

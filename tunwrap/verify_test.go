@@ -199,21 +199,59 @@ func TestVerifyUDPSurplus(t *testing.T) {
 	}
 }
 
-// FuzzVerify compares verify with gVisor's opinion of the same bytes.
-func FuzzVerify(f *testing.F) {
+// verifySeeds are good packets of every kind that verify looks into.
+func verifySeeds() (seeds [][]byte) {
 	for _, v6 := range []bool{false, true} {
 		for _, udp := range []bool{false, true} {
 			s := spec{v6: v6, udp: udp, flags: ack, payload: payload(40)}
-			f.Add(s.full(), true)
-			f.Add(s.full(), false)
+			seeds = append(seeds, s.full())
 			if v6 && !udp {
 				s.ipExtra, s.ext = longChain, 0
-				f.Add(s.full(), false)
+				seeds = append(seeds, s.full())
 				s.ipExtra, s.ext = atomicFrag, 44
-				f.Add(s.full(), false)
+				seeds = append(seeds, s.full())
 			}
 		}
-		f.Add(echo(v6, 9), false)
+		seeds = append(seeds, echo(v6, 9))
+	}
+	return seeds
+}
+
+// The seeds of the fuzzers are what they claim.
+func TestSeeds(t *testing.T) {
+	protos := map[uint8]int{}
+	for i, b := range verifySeeds() {
+		if err := valid(b); err != nil {
+			t.Errorf("verify %d: %v", i, err)
+		}
+		l, _ := locate(b, len(b))
+		protos[l.proto]++
+	}
+	for _, p := range []uint8{protoTCP, protoUDP, protoICMP, protoICMPv6} {
+		if protos[p] == 0 {
+			t.Errorf("verify: no seed has protocol %d", p)
+		}
+	}
+	quotes := 0
+	for i, b := range natSeeds() {
+		if err := valid(b); err != nil {
+			t.Errorf("NAT %d: %v", i, err)
+		}
+		l, _ := locate(b, len(b))
+		if _, _, ok := quoted(b, &l); ok {
+			quotes++
+		}
+	}
+	if quotes != 8 {
+		t.Errorf("NAT: %d of the seeds quote", quotes)
+	}
+}
+
+// FuzzVerify compares verify with gVisor's opinion of the same bytes.
+func FuzzVerify(f *testing.F) {
+	for _, b := range verifySeeds() {
+		f.Add(b, true)
+		f.Add(b, false)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, mend bool) {
 		if mend {
