@@ -23,7 +23,7 @@ type Config struct {
 	PathMTUChanged func(innerMTU int)
 
 	// InnerMTU is the largest packet the Device will give, in bytes; 0 means
-	// [DefaultInnerMTU]. The path is not probed beyond it.
+	// [DefaultInnerMTU]. The path is not probed beyond it. At most [MaxInnerMTU].
 	InnerMTU int
 
 	Logger *slog.Logger // nil: discarded
@@ -46,18 +46,22 @@ type Config struct {
 // DefaultInnerMTU fits, with every record and IPv6 header, a 1500-byte outer path.
 const DefaultInnerMTU = 1400
 
+// MaxInnerMTU leaves one byte for the frame type in the largest DTLS plaintext, 2^14 bytes
+// (RFC 5246 6.2.1).
+const MaxInnerMTU = maxPlaintext - frameHeaderSize
+
 // Timing are the clocks of a Transport. Zero fields take the default named.
 type Timing struct {
-	HandshakeRetry    time.Duration // first retry of a failed handshake, doubling with jitter up to HandshakeRetryMax; 1 s
-	HandshakeRetryMax time.Duration // 30 s
+	HandshakeRetry    time.Duration // pause after a failed handshake, doubling with jitter; 1 s
+	HandshakeRetryMax time.Duration // the longest such pause; 30 s
 	HandshakeTimeout  time.Duration // one attempt; 10 s
-	FlightInterval    time.Duration // before a flight of the handshake is sent again (RFC 6347 4.2.4.1); 400 ms
+	FlightInterval    time.Duration // repetition of a handshake flight; 400 ms
 	DPD               time.Duration // silence after which the peer is asked (DPD-REQ); 10 s
-	DPDTimeout        time.Duration // silence after which the association is dead and dialled anew; 30 s
-	Keepalive         time.Duration // idle time after which a NAT is kept open, 0 means 25 s, negative never
-	RekeyAfter        time.Duration // 1 h
-	RekeyAfterRecords uint64        // 2^28, RFC 8446 5.5
-	Overlap           time.Duration // how long a replaced association still opens records after its last one; 30 s
+	DPDTimeout        time.Duration // silence after which the peer is called anew; 30 s
+	Keepalive         time.Duration // idle time after which a NAT is kept open; 25 s, negative never
+	RekeyAfter        time.Duration // age of an association at which it is replaced; 1 h
+	RekeyAfterRecords uint64        // records outbound after which it is; 2^28, RFC 8446 5.5
+	Overlap           time.Duration // silence after which a replaced association is forgotten; 30 s
 }
 
 // PeerConfig describes a static peer.

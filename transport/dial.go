@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"time"
 )
 
@@ -29,9 +30,20 @@ func resolveEndpoint(endpoint string) ([]netip.AddrPort, error) {
 	}
 	remotes := make([]netip.AddrPort, len(ips))
 	for i, ip := range ips {
-		remotes[i] = netip.AddrPortFrom(ip.Unmap(), uint16(portNumber))
+		remotes[i] = netip.AddrPortFrom(namedZone(ip.Unmap()), uint16(portNumber))
 	}
 	return remotes, nil
+}
+
+// namedZone writes a numeric zone as the interface's name, as addresses of
+// datagrams inbound have it: the two must compare equal.
+func namedZone(ip netip.Addr) netip.Addr {
+	if index, err := strconv.Atoi(ip.Zone()); err == nil {
+		if ifi, err := net.InterfaceByIndex(index); err == nil {
+			return ip.WithZone(ifi.Name)
+		}
+	}
+	return ip
 }
 
 // startDial runs a handshake with p in a goroutine of its own.

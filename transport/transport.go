@@ -72,6 +72,8 @@ func newTransport(cfg Config) (*Transport, error) {
 		return nil, errors.New("transport: no socket")
 	case cfg.Device == nil:
 		return nil, errors.New("transport: no device")
+	case cfg.InnerMTU > MaxInnerMTU:
+		return nil, fmt.Errorf("transport: inner MTU %d, at most %d", cfg.InnerMTU, MaxInnerMTU)
 	}
 	cfg.setDefaults()
 	t := &Transport{
