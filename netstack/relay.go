@@ -18,15 +18,17 @@ import (
 //
 //	program ── listener of the system ── Forward ── VPN ── service
 //	program ── VPN ── listener of the node ── Publish ── service of the system
+//	program ── listener of the system ── ServeProxy ── VPN ── services of the program's choice
 //
 // TCP is carried with both halves of a connection closing by themselves, and a
 // reset on one side as a reset on the other. A UDP client keeps its flow until it
 // has been silent for a while, and is answered from the address that it asked.
 type Relay struct {
-	kind    string // "forward" or "publish"
+	kind    string // "forward", "publish" or "proxy"
 	network string
 	to      string
 	dial    func(ctx context.Context) (net.Conn, error) // to the service
+	handle  func(*tcpFlow)                              // serves a TCP client; runTCP, or a proxy
 	limits  relayLimits
 	log     *slog.Logger
 
@@ -88,10 +90,10 @@ type relayCounters struct {
 
 // RelayStatus is a snapshot of a [Relay].
 type RelayStatus struct {
-	Kind    string `json:"kind"`    // "forward" or "publish"
+	Kind    string `json:"kind"`    // "forward", "publish" or "proxy"
 	Network string `json:"network"` // "tcp", "udp" ...
 	Listen  string `json:"listen"`  // with the port that the system chose
-	To      string `json:"to"`
+	To      string `json:"to"`      // of a proxy: what it speaks
 
 	Open    int    `json:"open"`    // TCP connections or UDP clients now
 	Total   uint64 `json:"total"`   // since the start
@@ -121,6 +123,7 @@ func newRelay(kind, network, to string, limits relayLimits, log *slog.Logger, di
 	if _, port, err := net.SplitHostPort(to); err == nil && port == "53" {
 		r.limits.udpIdle = min(r.limits.udpIdle, dnsIdle)
 	}
+	r.handle = r.runTCP
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r
 }

@@ -39,7 +39,7 @@ func (r *Relay) admitTCP(client net.Conn) {
 		reset(client)
 		return
 	}
-	if !r.spawn(func() { r.runTCP(f) }) {
+	if !r.spawn(func() { r.handle(f) }) {
 		f.abort()
 		r.leave(f)
 	}
