@@ -84,6 +84,17 @@ func summary(w io.Writer, c *config.Config) error {
 	for _, p := range c.Publishes {
 		line("publish", "%s %s in the VPN -> %s", p.Network, p.Listen, p.To)
 	}
+	switch p := c.Proxy; {
+	case p.SOCKS5 != "" && p.SOCKS5 == p.HTTP:
+		line("proxy", "SOCKS5 and HTTP on %s", p.SOCKS5)
+	default:
+		if p.SOCKS5 != "" {
+			line("proxy", "SOCKS5 on %s", p.SOCKS5)
+		}
+		if p.HTTP != "" {
+			line("proxy", "HTTP on %s", p.HTTP)
+		}
+	}
 	for _, s := range c.DNS.Split {
 		line("dns", "%s: %s", strings.Join(s.Domains, ", "), askedOf(s.Servers, s.ViaHost))
 	}

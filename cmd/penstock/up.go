@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -153,7 +154,35 @@ func startNode(c *config.Config, log *slog.Logger) (*netstack.Node, error) {
 			return nil, fmt.Errorf("forward %s %s: %w", p.Network, p.Listen, err)
 		}
 	}
+	if err := serveProxies(node, &c.Proxy); err != nil {
+		node.Close()
+		return nil, err
+	}
 	return node, nil
+}
+
+// serveProxies opens the ports of [proxy]: one for both protocols if they have the same.
+func serveProxies(node *netstack.Node, p *config.Proxy) error {
+	o := netstack.ProxyOptions{User: p.User, Password: p.Password}
+	serve := func(key, listen string, noSOCKS5, noHTTP bool) error {
+		if listen == "" {
+			return nil
+		}
+		l, err := net.Listen("tcp", listen)
+		if err != nil {
+			return fmt.Errorf("proxy.%s: %w", key, err)
+		}
+		o.NoSOCKS5, o.NoHTTP = noSOCKS5, noHTTP
+		_, err = node.ServeProxy(l, o)
+		return err
+	}
+	if p.SOCKS5 == p.HTTP {
+		return serve("socks5", p.SOCKS5, false, false)
+	}
+	if err := serve("socks5", p.SOCKS5, false, true); err != nil {
+		return err
+	}
+	return serve("http", p.HTTP, true, false)
 }
 
 // nodeConfig says the file's content in the library's words.

@@ -74,6 +74,12 @@ via = "vpn"
 domains = "."
 via = "host"
 
+[proxy]
+socks5 = "127.0.0.1:1080"
+http = "localhost:3128"
+user = "u"
+password = "p"
+
 [offload]
 superpackets = false
 gso = false
@@ -165,6 +171,7 @@ func TestWhole(t *testing.T) {
 				{Domains: []string{"."}, ViaHost: true},
 			},
 		},
+		Proxy:   Proxy{SOCKS5: "127.0.0.1:1080", HTTP: "localhost:3128", User: "u", Password: "p"},
 		Offload: Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
 		TCP:     netstack.TCPOptions{CongestionControl: "reno", NoRACK: true},
 		Timing: netstack.Timing{

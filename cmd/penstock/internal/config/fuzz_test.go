@@ -62,6 +62,17 @@ func checkMistakes(t *testing.T, data []byte, err error) {
 	}
 }
 
+// tomlString is s as a TOML string, whatever is in it.
+func tomlString(s string) string {
+	var b strings.Builder
+	b.WriteByte('"')
+	for _, c := range s {
+		fmt.Fprintf(&b, "\\U%08x", c)
+	}
+	b.WriteByte('"')
+	return b.String()
+}
+
 // written is c as a file, in the plainest words.
 func written(c *Config) string {
 	var b strings.Builder
@@ -125,6 +136,11 @@ func written(c *Config) string {
 		text("listen", p.Network+" "+p.Listen)
 		text("to", p.To)
 	}
+	b.WriteString("[proxy]\n")
+	line("socks5", "%q", c.Proxy.SOCKS5 != "", c.Proxy.SOCKS5)
+	line("http", "%q", c.Proxy.HTTP != "", c.Proxy.HTTP)
+	line("user", "%s", c.Proxy.User != "", tomlString(c.Proxy.User))
+	line("password", "%s", c.Proxy.Password != "", tomlString(c.Proxy.Password))
 	b.WriteString("[dns]\n")
 	list("servers", len(c.DNS.Servers), func(i int) string { return c.DNS.Servers[i].String() })
 	list("search", len(c.DNS.Search), func(i int) string { return c.DNS.Search[i] })

@@ -145,6 +145,11 @@ func TestMistakes(t *testing.T) {
 			"node.toml:14: dns.split.domains: is missing; expected a domain",
 			"node.toml:14: dns.split.servers: is missing; expected the address of a server, such as \"10.66.0.2\" or \"10.66.0.2:53\", or via = \"host\"",
 			"node.toml:15: dns.split: unknown key \"domain\"; expected domains"}},
+		{"proxy", node + "[proxy]\nsocks5 = \"1080\"\nhttp = \"proxy.example.net:3128\"\nuser = \"a:b\"\n", []string{
+			"node.toml:6: proxy.socks5: \"1080\" ",
+			"node.toml:7: proxy.http: \"proxy.example.net:3128\" has a name where an address must be; expected an address and a port of this machine",
+			"node.toml:8: proxy.user: has a colon in it",
+			"node.toml:8: proxy.password: is missing; expected user and password, or neither"}},
 		{"split dns in one bracket", node + "[dns.split]\ndomains = \"x\"\n", []string{
 			"node.toml:5: dns.split: is a table; expected [[dns.split]], in two brackets, since there may be several"}},
 		{"offload", node + "[offload]\ngso = \"off\"\nsend_buffer = \"lots\"\nreceive_buffer = \"2TiB\"\n[timing]\ndpd = 10\ndpd_timeout = \"never\"\nkeepalive = \"1h30\"\nrekey = \"1ms\"\nrekey_records = 268435457\n", []string{

@@ -16,6 +16,7 @@ type rawFile struct {
 	Forward []rawPort  `toml:"forward"`
 	Publish []rawPort  `toml:"publish"`
 	DNS     rawDNS     `toml:"dns"`
+	Proxy   rawProxy   `toml:"proxy"`
 	Offload rawOffload `toml:"offload"`
 	TCP     rawTCP     `toml:"tcp"`
 	Timing  rawTiming  `toml:"timing"`
@@ -56,6 +57,13 @@ type rawSplit struct {
 	Domains any `toml:"domains"`
 	Servers any `toml:"servers"`
 	Via     any `toml:"via"`
+}
+
+type rawProxy struct {
+	SOCKS5   any `toml:"socks5"`
+	HTTP     any `toml:"http"`
+	User     any `toml:"user"`
+	Password any `toml:"password"`
 }
 
 type rawOffload struct {

@@ -13,6 +13,7 @@ func (r *reader) together(c *Config) {
 	r.peersTogether(c)
 	r.portsTogether("forward", c.Forwards)
 	r.portsTogether("publish", c.Publishes)
+	r.proxyTogether(&c.Proxy)
 	if len(c.Node.Addresses) == 0 {
 		return // reported already, and nothing can be said without them
 	}
