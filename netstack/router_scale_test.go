@@ -254,7 +254,7 @@ func TestRouterChurn(t *testing.T) {
 		runtime.ReadMemStats(&m)
 		return runtime.NumGoroutine(), openFiles(), int(m.HeapAlloc)
 	}
-	rounds := 12
+	rounds := 6
 	if testing.Short() || raceEnabled {
 		rounds = 4
 	}
