@@ -87,7 +87,7 @@ func TestDocs(t *testing.T) {
 
 func heading(table string) string {
 	switch table {
-	case "peer", "forward", "publish", "dns.split":
+	case "peer", "forward", "publish", "dns.split", "router.rule":
 		return "### [[" + table + "]]"
 	}
 	return "### [" + table + "]"

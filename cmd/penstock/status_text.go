@@ -72,6 +72,7 @@ func statusText(r *control.Report, now time.Time) string {
 	p.sockets(r)
 	p.stack(r)
 	p.relays(r)
+	p.router(r)
 	p.drops(r)
 	return p.b.String()
 }
@@ -160,6 +161,27 @@ func (p *page) relays(r *control.Report) {
 		if s.LastError != "" {
 			p.line("last error", "%s", s.LastError)
 		}
+	}
+}
+
+func (p *page) router(r *control.Report) {
+	s := r.Node.Router
+	if s == nil {
+		return
+	}
+	p.heading("router")
+	p.line("TCP", "%d open, %d of them half open, %d in all; %s to targets, %s back",
+		s.TCP.Open, s.TCP.HalfOpen, s.TCP.Total, amount(s.TCP.BytesToTarget), amount(s.TCP.BytesToClient))
+	p.line("UDP", "%d flows, %d in all; %s to targets, %s back", s.UDP.Open, s.UDP.Total, amount(s.UDP.BytesToTarget), amount(s.UDP.BytesToClient))
+	p.line("ping", "%d flows, %d in all; %d requests, %d replies", s.ICMP.Open, s.ICMP.Total, s.ICMP.DatagramsToTarget, s.ICMP.DatagramsToClient)
+	if s.Echo4 == s.Echo6 {
+		p.line("ping by", "%s", s.Echo4)
+	} else {
+		p.line("ping IPv4", "%s", s.Echo4)
+		p.line("ping IPv6", "%s", s.Echo6)
+	}
+	for _, reason := range slices.Sorted(maps.Keys(s.Refused)) {
+		p.line("refused", "%d: %s", s.Refused[reason], reason)
 	}
 }
 

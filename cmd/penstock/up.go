@@ -193,6 +193,7 @@ func nodeConfig(c *config.Config, log *slog.Logger) netstack.Config {
 		Listen:       c.Node.Listen,
 		MTU:          c.Node.MTU,
 		DNS:          c.DNS,
+		Router:       c.Router,
 		TCP:          c.TCP,
 		Timing:       c.Timing,
 		CipherSuites: c.Node.CipherSuites,
@@ -241,6 +242,9 @@ func logUp(log *slog.Logger, node *netstack.Node, path string) {
 		c := s.Capabilities
 		log.Info("socket", "local", s.Local, "gso", c.GSO.String(), "gro", c.GRO.String(),
 			"receive_buffer", c.ReceiveBuffer, "send_buffer", c.SendBuffer)
+	}
+	if r := status.Router; r != nil {
+		log.Info("router", "ping4", r.Echo4, "ping6", r.Echo6)
 	}
 	for _, r := range status.Relays {
 		log.Info(r.Kind, "network", r.Network, "listen", r.Listen, "to", r.To)

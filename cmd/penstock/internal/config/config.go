@@ -21,6 +21,7 @@ type Config struct {
 	Forwards  []Port // a port of the VPN, brought to a listener of this machine
 	Publishes []Port // a service of this machine, brought into the VPN
 	DNS       netstack.DNS
+	Router    *netstack.RouterConfig // nil: the node routes nothing
 	Proxy     Proxy
 	Offload   Offload
 	TCP       netstack.TCPOptions

@@ -80,6 +80,34 @@ http = "localhost:3128"
 user = "u"
 password = "p"
 
+[router]
+allow = ["192.168.1.0/24", "2001:db8:1::/48"]
+tcp = 1000
+tcp_per_peer = 100
+half_open = 50
+half_open_per_peer = 20
+half_open_per_target = 5
+udp = 900
+udp_per_peer = 90
+icmp = 80
+icmp_per_peer = 8
+dial_timeout = "3s"
+udp_idle = "1m"
+dns_idle = "5s"
+icmp_idle = "7s"
+
+[[router.rule]]
+action = "deny"
+peer = "b"
+protocol = "tcp"
+ports = [22, "8000-8080"]
+to = "192.168.1.9"
+
+[[router.rule]]
+action = "allow"
+peer = "` + pubC + `"
+ports = 53
+
 [offload]
 superpackets = false
 gso = false
@@ -171,7 +199,19 @@ func TestWhole(t *testing.T) {
 				{Domains: []string{"."}, ViaHost: true},
 			},
 		},
-		Proxy:   Proxy{SOCKS5: "127.0.0.1:1080", HTTP: "localhost:3128", User: "u", Password: "p"},
+		Proxy: Proxy{SOCKS5: "127.0.0.1:1080", HTTP: "localhost:3128", User: "u", Password: "p"},
+		Router: &netstack.RouterConfig{
+			Allow: prefixes("192.168.1.0/24", "2001:db8:1::/48"),
+			Rules: []netstack.RouterRule{
+				{Deny: true, Peer: key(pubB), Protocol: "tcp", Ports: []netstack.PortRange{{First: 22, Last: 22}, {First: 8000, Last: 8080}}, To: prefixes("192.168.1.9/32")},
+				{Peer: key(pubC), Ports: []netstack.PortRange{{First: 53, Last: 53}}},
+			},
+			Limits: netstack.RouterLimits{
+				TCP: 1000, TCPPerPeer: 100, HalfOpen: 50, HalfOpenPerPeer: 20, HalfOpenPerTarget: 5,
+				UDP: 900, UDPPerPeer: 90, ICMP: 80, ICMPPerPeer: 8,
+			},
+			Timeouts: netstack.RouterTimeouts{Dial: 3 * time.Second, UDPIdle: time.Minute, DNSIdle: 5 * time.Second, ICMPIdle: 7 * time.Second},
+		},
 		Offload: Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
 		TCP:     netstack.TCPOptions{CongestionControl: "reno", NoRACK: true},
 		Timing: netstack.Timing{

@@ -150,6 +150,39 @@ func written(c *Config) string {
 		list("servers", len(s.Servers), func(i int) string { return s.Servers[i].String() })
 		line("via", "%q", s.ViaHost, "host")
 	}
+	if r := c.Router; r != nil {
+		b.WriteString("[router]\n")
+		list("allow", len(r.Allow), func(i int) string { return r.Allow[i].String() })
+		l, d := r.Limits, r.Timeouts
+		for _, v := range []struct {
+			key string
+			n   int
+		}{
+			{"tcp", l.TCP}, {"tcp_per_peer", l.TCPPerPeer}, {"half_open", l.HalfOpen}, {"half_open_per_peer", l.HalfOpenPerPeer},
+			{"half_open_per_target", l.HalfOpenPerTarget}, {"udp", l.UDP}, {"udp_per_peer", l.UDPPerPeer},
+			{"icmp", l.ICMP}, {"icmp_per_peer", l.ICMPPerPeer},
+		} {
+			line(v.key, "%d", v.n != 0, v.n)
+		}
+		line("dial_timeout", "'%v'", d.Dial != 0, d.Dial)
+		line("udp_idle", "'%v'", d.UDPIdle != 0, d.UDPIdle)
+		line("dns_idle", "'%v'", d.DNSIdle != 0, d.DNSIdle)
+		line("icmp_idle", "'%v'", d.ICMPIdle != 0, d.ICMPIdle)
+		for _, rule := range r.Rules {
+			b.WriteString("[[router.rule]]\n")
+			action := "allow"
+			if rule.Deny {
+				action = "deny"
+			}
+			text("action", action)
+			if !rule.Peer.IsZero() {
+				text("peer", rule.Peer.String())
+			}
+			text("protocol", rule.Protocol)
+			list("ports", len(rule.Ports), func(i int) string { return fmt.Sprintf("%d-%d", rule.Ports[i].First, rule.Ports[i].Last) })
+			list("to", len(rule.To), func(i int) string { return rule.To[i].String() })
+		}
+	}
 	b.WriteString("[offload]\n")
 	o, t := c.Offload, c.Timing
 	line("superpackets", "%v", true, !o.NoSuperpackets)

@@ -94,6 +94,7 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 		c.Publishes = append(c.Publishes, r.port(element("publish", i), &raw.Publish[i]))
 	}
 	c.DNS = r.dns(&raw.DNS)
+	c.Router = r.router(&raw.Router, c.Peers)
 	c.Proxy = r.proxy(&raw.Proxy)
 	c.Offload = Offload{
 		NoSuperpackets: !r.flag("offload.superpackets", raw.Offload.Superpackets),

@@ -150,6 +150,26 @@ func TestMistakes(t *testing.T) {
 			"node.toml:7: proxy.http: \"proxy.example.net:3128\" has a name where an address must be; expected an address and a port of this machine",
 			"node.toml:8: proxy.user: has a colon in it",
 			"node.toml:8: proxy.password: is missing; expected user and password, or neither"}},
+		{"router", node + peerB + "[router]\nallow = [\"192.168.1.1/24\", \"office\", \"10.0.0.0/8\", \"10.0.0.0/8\", \"224.0.0.0/4\"]\ntcp = 0\nudp_idle = \"1ms\"\n" +
+			"[[router.rule]]\npeer = \"bb\"\nprotocol = \"gre\"\nports = [0, \"80-22\", 22.5]\nto = []\n[[router.rule]]\naction = \"permit\"\nprotocol = \"icmp\"\nports = 22\nport = 1\n", []string{
+			"node.toml:9: router.allow: \"192.168.1.1/24\" has bits set after its prefix; expected 192.168.1.0/24 for the network or 192.168.1.1/32 for the one address",
+			"node.toml:9: router.allow: \"office\" is not an address; expected a prefix that this machine reaches",
+			"node.toml:9: router.allow: \"10.0.0.0/8\" is there twice; expected each prefix once",
+			"node.toml:9: router.allow: \"224.0.0.0/4\" is multicast, which is not routed",
+			"node.toml:10: router.tcp: is 0; expected a whole number from 1 to",
+			"node.toml:11: router.udp_idle: 1ms is out of range",
+			"node.toml:12: router.rule.action: is missing; expected \"allow\" or \"deny\"",
+			"node.toml:13: router.rule.peer: \"bb\" is no peer; expected the name or the public key of a [[peer]]",
+			"node.toml:14: router.rule.protocol: \"gre\" is no protocol that is routed; expected \"tcp\", \"udp\" or \"icmp\"",
+			"node.toml:15: router.rule.ports: is 0; expected ports such as 443",
+			"node.toml:15: router.rule.ports: \"80-22\" is no range of ports",
+			"node.toml:15: router.rule.ports: is a number with a fraction",
+			"node.toml:16: router.rule.to: is an empty list",
+			"node.toml:18: router.rule.action: \"permit\" is no action",
+			"node.toml:20: router.rule.ports: is there beside icmp, which has none",
+			"node.toml:21: router.rule: unknown key \"port\"; expected ports"}},
+		{"router that allows nothing", node + peerB + "[router]\n[[router.rule]]\naction = \"deny\"\n", []string{
+			"node.toml:8: router: allows nothing; expected allow = "}},
 		{"split dns in one bracket", node + "[dns.split]\ndomains = \"x\"\n", []string{
 			"node.toml:5: dns.split: is a table; expected [[dns.split]], in two brackets, since there may be several"}},
 		{"offload", node + "[offload]\ngso = \"off\"\nsend_buffer = \"lots\"\nreceive_buffer = \"2TiB\"\n[timing]\ndpd = 10\ndpd_timeout = \"never\"\nkeepalive = \"1h30\"\nrekey = \"1ms\"\nrekey_records = 268435457\n", []string{

@@ -17,6 +17,7 @@ type rawFile struct {
 	Publish []rawPort  `toml:"publish"`
 	DNS     rawDNS     `toml:"dns"`
 	Proxy   rawProxy   `toml:"proxy"`
+	Router  rawRouter  `toml:"router"`
 	Offload rawOffload `toml:"offload"`
 	TCP     rawTCP     `toml:"tcp"`
 	Timing  rawTiming  `toml:"timing"`
@@ -64,6 +65,32 @@ type rawProxy struct {
 	HTTP     any `toml:"http"`
 	User     any `toml:"user"`
 	Password any `toml:"password"`
+}
+
+type rawRouter struct {
+	Allow             any       `toml:"allow"`
+	TCP               any       `toml:"tcp"`
+	TCPPerPeer        any       `toml:"tcp_per_peer"`
+	HalfOpen          any       `toml:"half_open"`
+	HalfOpenPerPeer   any       `toml:"half_open_per_peer"`
+	HalfOpenPerTarget any       `toml:"half_open_per_target"`
+	UDP               any       `toml:"udp"`
+	UDPPerPeer        any       `toml:"udp_per_peer"`
+	ICMP              any       `toml:"icmp"`
+	ICMPPerPeer       any       `toml:"icmp_per_peer"`
+	DialTimeout       any       `toml:"dial_timeout"`
+	UDPIdle           any       `toml:"udp_idle"`
+	DNSIdle           any       `toml:"dns_idle"`
+	ICMPIdle          any       `toml:"icmp_idle"`
+	Rule              []rawRule `toml:"rule"`
+}
+
+type rawRule struct {
+	Action   any `toml:"action"`
+	Peer     any `toml:"peer"`
+	Protocol any `toml:"protocol"`
+	Ports    any `toml:"ports"`
+	To       any `toml:"to"`
 }
 
 type rawOffload struct {
