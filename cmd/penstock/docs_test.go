@@ -52,7 +52,7 @@ func TestDocs(t *testing.T) {
 				t.Errorf("penstock %s --%s is not explained", cmd.Name(), f.Name)
 			}
 		})
-		for _, m := range regexp.MustCompile("(?m)^`.*--([a-z-]+)").FindAllStringSubmatch(text, -1) {
+		for _, m := range regexp.MustCompile("(?m)^`.*--([a-z0-9-]+)").FindAllStringSubmatch(text, -1) {
 			if cmd.Flags().Lookup(m[1]) == nil {
 				t.Errorf("penstock %s has no flag --%s", cmd.Name(), m[1])
 			}

@@ -102,7 +102,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newGenkey(), newPubkey(), newCheck(), newUp(), newStatus(), newDemo(), newVersion())
+	root.AddCommand(newGenkey(), newPubkey(), newCheck(), newUp(), newStatus(), newNc(), newPing(), newDemo(), newVersion())
 	return root
 }
 

@@ -47,6 +47,8 @@ func TestScripts(t *testing.T) {
 			"freeport": freeport,
 			"http":     serveHTTP,
 			"take":     takePort,
+			"dns":      serveDNS,
+			"tcpecho":  serveTCPEcho,
 			"udpecho":  serveUDPEcho,
 			"udpsend":  udpSend,
 		},

@@ -127,7 +127,7 @@ func bringUp(c *config.Config, log *slog.Logger) (*running, error) {
 		l.Close()
 		return nil, err
 	}
-	r := &running{node: node, stopControl: control.Serve(l, reporter(c, node))}
+	r := &running{node: node, stopControl: control.Serve(l, reporter(c, node), node)}
 	logUp(log, node, path)
 	return r, nil
 }

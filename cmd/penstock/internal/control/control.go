@@ -27,9 +27,15 @@ type Report struct {
 }
 
 // Serve answers requests on l, which it takes, until the returned function is
-// called. That waits for requests under way, for a second at most.
-func Serve(l net.Listener, report func() Report) (stop func()) {
+// called. That waits for requests under way, for a second at most. node does what programs
+// ask for; nil: only the report can be had.
+func Serve(l net.Listener, report func() Report, node *netstack.Node) (stop func()) {
 	mux := http.NewServeMux()
+	ctx, cancel := context.WithCancel(context.Background())
+	v := &verbs{node: node, ctx: ctx}
+	if node != nil {
+		v.handle(mux)
+	}
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		e := json.NewEncoder(w)
@@ -43,6 +49,7 @@ func Serve(l net.Listener, report func() Report) (stop func()) {
 		WriteTimeout:      10 * time.Second,
 		IdleTimeout:       10 * time.Second,
 		MaxHeaderBytes:    4 << 10,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
 	served := make(chan struct{})
 	go func() {
@@ -50,12 +57,16 @@ func Serve(l net.Listener, report func() Report) (stop func()) {
 		_ = s.Serve(l) // http.ErrServerClosed, always: nothing else ends it but a broken socket
 	}()
 	return func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		v.mu.Lock()
+		cancel() // streams end, and no new one begins
+		v.mu.Unlock()
+		wait, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		if s.Shutdown(ctx) != nil {
+		if s.Shutdown(wait) != nil {
 			s.Close()
 		}
 		<-served
+		v.streams.Wait()
 	}
 }
 
@@ -66,32 +77,47 @@ var ErrNotRunning = errors.New("no node is running")
 // peer.
 const maxReport = 64 << 20
 
-// Fetch asks the node behind the socket at path and returns its answer as it came.
+// Fetch asks the node behind the socket at path for its report and returns it as it came.
 func Fetch(ctx context.Context, path string) ([]byte, error) {
+	body, err := get(ctx, path, "/status")
+	var re *refusal
+	if errors.As(err, &re) {
+		return nil, fmt.Errorf("ask the node behind %s: %w", path, err)
+	}
+	return body, err
+}
+
+// get asks the node behind the socket at path. An answer that is none is a *refusal.
+func get(ctx context.Context, path, what string) ([]byte, error) {
 	t := &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		},
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://penstock/status", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://penstock"+what, nil)
 	if err != nil {
 		return nil, err
 	}
 	resp, err := t.RoundTrip(req)
 	if err != nil {
-		if stale(err) {
-			return nil, fmt.Errorf("%w behind %s", ErrNotRunning, path)
-		}
-		return nil, fmt.Errorf("ask the node behind %s: %w", path, err)
+		return nil, asked(path, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("ask the node behind %s: %s", path, resp.Status)
+		return nil, refused(resp)
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReport))
 	if err != nil {
-		return nil, fmt.Errorf("ask the node behind %s: %w", path, err)
+		return nil, asked(path, err)
 	}
 	return body, nil
+}
+
+// asked says why the node behind path could not be asked.
+func asked(path string, err error) error {
+	if stale(err) {
+		return fmt.Errorf("%w behind %s", ErrNotRunning, path)
+	}
+	return fmt.Errorf("ask the node behind %s: %w", path, err)
 }

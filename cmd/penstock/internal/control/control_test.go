@@ -44,7 +44,7 @@ func TestServeAndFetch(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Report{Version: "v1", PID: 17, Config: "/x", Node: netstack.Status{MTU: 1400, Drops: map[string]uint64{"why": 3}}}
-	stop := Serve(l, func() Report { return want })
+	stop := Serve(l, func() Report { return want }, nil)
 	if runtime.GOOS != "windows" {
 		for name, mode := range map[string]fs.FileMode{dir: 0o700, path: 0o600} {
 			if st, err := os.Stat(name); err != nil || st.Mode().Perm() != mode {
@@ -201,7 +201,7 @@ func TestHungClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stop := Serve(l, func() Report { return Report{} })
+	stop := Serve(l, func() Report { return Report{} }, nil)
 	c, err := net.Dial("unix", path)
 	if err != nil {
 		t.Fatal(err)
