@@ -14,9 +14,9 @@ const (
 	// headers (measured), so that an IP packet never passes 65,535 bytes.
 	DefaultGSOMaxSize = 64 << 10
 
-	// DefaultQueueBytes bounds the outbound queue: 4 MiB are 64 superpackets, or 7
-	// ms at 5 Gbit/s.
-	DefaultQueueBytes = 4 << 20
+	// DefaultQueueBytes bounds the outbound queue: 8 MiB are some 13,000 segments of
+	// TCP, super or not, or 5,000 full-sized datagrams.
+	DefaultQueueBytes = 8 << 20
 
 	// DefaultMTU is what every IPv6 path carries (RFC 8200 5).
 	DefaultMTU = 1280
@@ -36,8 +36,9 @@ type Options struct {
 	// carries a full checksum.
 	NoGSO bool
 
-	// QueueBytes bounds each outbound queue by the memory of the packets in it, their
-	// fixed cost (stack.PacketBufferStructSize) included; 0 means DefaultQueueBytes.
+	// QueueBytes bounds each outbound queue by the memory that the packets in it cost:
+	// stack.PacketBufferStructSize and their bytes, but not the payload of TCP connections,
+	// which lies in their send buffers anyway. 0 means DefaultQueueBytes.
 	QueueBytes int
 
 	// Queues is the number of outbound queues, for as many readers; 0 means 1. A

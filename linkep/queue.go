@@ -5,6 +5,7 @@ import (
 	"os"
 	"sync"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
@@ -96,7 +97,7 @@ func (q *Queue) Deliver(pkt *stack.PacketBuffer) { q.ep.Deliver(pkt) }
 // enqueue adds pkt with a reference of its own and tells whether it was accepted:
 // false after Close. It borrows the caller's reference.
 func (q *Queue) enqueue(pkt *stack.PacketBuffer, hash uint32) bool {
-	size, charge := int32(pkt.Size()), int32(pkt.MemSize())
+	size, charge := int32(pkt.Size()), int32(chargeOf(pkt))
 	q.mu.Lock()
 	if q.closed {
 		q.stats.Refused++
@@ -124,6 +125,17 @@ func (q *Queue) enqueue(pkt *stack.PacketBuffer, hash uint32) bool {
 		full = q.makeRoom()
 	}
 	return true
+}
+
+// chargeOf is the memory that queueing pkt costs. The payload of a connection's own segments
+// lies in its send buffer until it is acknowledged and costs nothing here; they are told by the
+// number of their flow, which only connections have.
+func chargeOf(pkt *stack.PacketBuffer) int {
+	c := pkt.MemSize()
+	if pkt.Hash != 0 && pkt.TransportProtocolNumber == header.TCPProtocolNumber {
+		c -= pkt.Data().Size()
+	}
+	return c
 }
 
 // makeRoom drops a few packets if the queue is above its bound and tells whether

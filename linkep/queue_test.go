@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
@@ -186,6 +187,31 @@ func TestQueueFullDropsFattestOldest(t *testing.T) {
 	}
 	if pings != 1 || want != 100 {
 		t.Errorf("%d pings, bulk up to %d", pings, want)
+	}
+}
+
+// The payload of TCP connections is not charged, so it is not dropped; that of other packets
+// is.
+func TestQueueChargesNoTCPPayload(t *testing.T) {
+	e := New(Options{QueueBytes: 1 << 20})
+	defer e.Close()
+	f := distinctFlows(1)
+	for range 500 { // 30 MB
+		p := newPacket(f[0], 0, 60000, nil)
+		p.TransportProtocolNumber = header.TCPProtocolNumber
+		send(e, p)
+	}
+	if s := e.Queues()[0].Stats(); s.DroppedFull != 0 || s.Depth != 500 || s.DepthBytes < 500*stack.PacketBufferStructSize {
+		t.Errorf("connection: %+v", s)
+	}
+	drain(t, e)
+	for range 500 { // nobody's: forwarded, or a reset that the stack made
+		p := newPacket(0, 0, 60000, nil)
+		p.TransportProtocolNumber = header.TCPProtocolNumber
+		send(e, p)
+	}
+	if s := e.Queues()[0].Stats(); s.DroppedFull < 480 || s.DepthBytes > 1<<20 {
+		t.Errorf("no connection: %+v", s)
 	}
 }
 

@@ -48,8 +48,8 @@ type Config struct {
 	// NoGSO turns superpackets off: the stack then sends, and every part of the
 	// path handles, single packets. It is many times slower; it is there to compare.
 	NoGSO bool
-	// QueueBytes bounds the outbound queue between the stack and the tunnel; 0
-	// means [DefaultQueueBytes].
+	// QueueBytes bounds the memory of the outbound queue between the stack and the tunnel,
+	// TCP's send buffers not counted; 0 means [DefaultQueueBytes].
 	QueueBytes int
 
 	Timing       Timing
@@ -81,7 +81,7 @@ type Peer struct {
 type TCPOptions struct {
 	CongestionControl string // "cubic", the default, or "reno"
 	NoSACK            bool   // no selective acknowledgements (RFC 2018)
-	NoRACK            bool   // find losses by counting duplicates, not by time (RFC 8985)
+	RACK              bool   // find losses by time (RFC 8985), not by counting duplicates; see options.go for why not
 	// Send and Receive are the buffers of one connection. They grow by themselves
 	// from Default to Max as the path needs it.
 	Send, Receive BufferSizes

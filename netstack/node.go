@@ -36,6 +36,7 @@ type Node struct {
 	dns      *dnsClient
 
 	stack     *stack.Stack
+	budget    *sendBudget
 	link      *linkep.Endpoint
 	wrapper   *tunwrap.Wrapper
 	transport *transport.Transport
@@ -106,6 +107,7 @@ func newInner(cfg Config) (*Node, error) {
 	if n.stack, err = newStack(&n.cfg, n.link); err != nil {
 		return nil, err
 	}
+	n.budget = newSendBudget(n.cfg.TCP.Send.or(defaultTCPSend))
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	return n, nil
 }

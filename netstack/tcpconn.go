@@ -18,6 +18,7 @@ type TCPConn struct {
 	socket
 	reader  tcpip.SliceWriter // of the Read under way; under in.mu
 	payload bytes.Reader      // of the Write under way; under out.mu
+	sent    bulkMeter         // under out.mu
 }
 
 var (
@@ -94,6 +95,9 @@ func (c *TCPConn) Write(b []byte) (int, error) {
 		c.payload.Reset(b[n:])
 		m, terr := c.ep.Write(&c.payload, tcpip.WriteOptions{})
 		n += int(m)
+		if size := c.node.budget.add(&c.sent, int(m), time.Now()); size > 0 {
+			c.ep.SocketOptions().SetSendBufferSize(int64(size), true)
+		}
 		switch terr.(type) {
 		case nil:
 			if n == len(b) {
