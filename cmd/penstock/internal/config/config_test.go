@@ -120,7 +120,7 @@ pacing_rate = "100MiB"
 [tcp]
 congestion_control = "reno"
 sack = true
-rack = false
+rack = true
 
 [timing]
 handshake_retry = "500ms"
@@ -213,7 +213,7 @@ func TestWhole(t *testing.T) {
 			Timeouts: netstack.RouterTimeouts{Dial: 3 * time.Second, UDPIdle: time.Minute, DNSIdle: 5 * time.Second, ICMPIdle: 7 * time.Second},
 		},
 		Offload: Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
-		TCP:     netstack.TCPOptions{CongestionControl: "reno", NoRACK: true},
+		TCP:     netstack.TCPOptions{CongestionControl: "reno", RACK: true},
 		Timing: netstack.Timing{
 			HandshakeRetry: 500 * time.Millisecond, HandshakeRetryMax: 10 * time.Second, HandshakeTimeout: 5 * time.Second,
 			FlightInterval: 100 * time.Millisecond, DPD: 5 * time.Second, DPDTimeout: 20 * time.Second,

@@ -195,7 +195,7 @@ func written(c *Config) string {
 	b.WriteString("[tcp]\n")
 	text("congestion_control", c.TCP.CongestionControl)
 	line("sack", "%v", true, !c.TCP.NoSACK)
-	line("rack", "%v", true, !c.TCP.NoRACK)
+	line("rack", "%v", true, c.TCP.RACK)
 	b.WriteString("[timing]\n")
 	line("handshake_retry", "'%v'", t.HandshakeRetry != 0, t.HandshakeRetry)
 	line("handshake_retry_max", "'%v'", t.HandshakeRetryMax != 0, t.HandshakeRetryMax)

@@ -185,7 +185,7 @@ func (r *reader) tcp(raw *rawTCP) (t netstack.TCPOptions) {
 		}
 	}
 	t.NoSACK = !r.flag("tcp.sack", raw.SACK)
-	t.NoRACK = !r.flag("tcp.rack", raw.RACK)
+	t.RACK = raw.RACK != nil && r.flag("tcp.rack", raw.RACK) // off by default
 	return t
 }
 
