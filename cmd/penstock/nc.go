@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
 )
@@ -79,7 +78,7 @@ func connect(s *control.Stream, in io.Reader, out io.Writer) error {
 	if f, ok := out.(*os.File); ok {
 		f.Close() // whoever reads it hears of the end now
 	}
-	if f, ok := in.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+	if isTerminal(in) {
 		return nil
 	}
 	err := <-sent

@@ -15,6 +15,7 @@ import (
 
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/config"
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/speed"
 	"github.com/penstock-vpn/penstock/netstack"
 )
 
@@ -111,6 +112,7 @@ func finish(close func() error, interrupts <-chan os.Signal) error {
 // running is a node and what answers for it.
 type running struct {
 	node        *netstack.Node
+	speed       *speed.Server // nil unless the configuration allows it
 	stopControl func()
 }
 
@@ -127,7 +129,15 @@ func bringUp(c *config.Config, log *slog.Logger) (*running, error) {
 		l.Close()
 		return nil, err
 	}
-	r := &running{node: node, stopControl: control.Serve(l, reporter(c, node), node)}
+	r := &running{node: node}
+	if c.Node.Speedtest {
+		if r.speed, err = speed.Serve(node); err != nil {
+			l.Close()
+			node.Close()
+			return nil, fmt.Errorf("speedtest: %w", err)
+		}
+	}
+	r.stopControl = control.Serve(l, reporter(c, node), node)
 	logUp(log, node, path)
 	return r, nil
 }
@@ -255,5 +265,8 @@ func logUp(log *slog.Logger, node *netstack.Node, path string) {
 // to be asked, and the next one may start.
 func (r *running) close() error {
 	r.stopControl()
+	if r.speed != nil {
+		r.speed.Close()
+	}
 	return r.node.Close()
 }

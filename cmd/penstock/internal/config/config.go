@@ -42,6 +42,7 @@ type Node struct {
 	Socket string // path of the control socket; empty: the default
 	// CipherSuites in order of preference; nil: the default order.
 	CipherSuites []netstack.CipherSuite
+	Speedtest    bool // peers may measure the throughput to this node
 	LogLevel     slog.Level
 	LogFormat    string // "text" or "json"
 }

@@ -29,6 +29,7 @@ private_key_file = "a.key"
 address = ["10.66.0.1/24", "fd66::1/64"]
 listen = ["0.0.0.0:5182", "[::]:5182"]
 mtu = 1400
+speedtest = true
 control = "a.sock"
 cipher_suites = ["aes-256-gcm", "chacha20-poly1305"]
 log = "debug"
@@ -180,6 +181,7 @@ func TestWhole(t *testing.T) {
 			MTU:          1400,
 			Socket:       "a.sock",
 			CipherSuites: []netstack.CipherSuite{netstack.AES256GCM, netstack.ChaCha20Poly1305},
+			Speedtest:    true,
 			LogLevel:     -4,
 			LogFormat:    "json",
 		},

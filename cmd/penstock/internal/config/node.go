@@ -69,6 +69,8 @@ func (r *reader) node(raw *rawNode, keyFile KeyFile) (n Node) {
 		n.CipherSuites = append(n.CipherSuites, s)
 	}
 
+	n.Speedtest = raw.Speedtest != nil && r.flag("node.speedtest", raw.Speedtest)
+
 	const wantLog = "debug, info, warn or error"
 	if s, ok := r.text("node.log", raw.Log, wantLog); ok {
 		if n.LogLevel, ok = LogLevel(s); !ok {

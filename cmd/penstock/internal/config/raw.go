@@ -31,6 +31,7 @@ type rawNode struct {
 	MTU            any `toml:"mtu"`
 	Control        any `toml:"control"`
 	CipherSuites   any `toml:"cipher_suites"`
+	Speedtest      any `toml:"speedtest"`
 	Log            any `toml:"log"`
 	LogFormat      any `toml:"log_format"`
 }

@@ -89,6 +89,20 @@ func Fetch(ctx context.Context, path string) ([]byte, error) {
 
 // get asks the node behind the socket at path. An answer that is none is a *refusal.
 func get(ctx context.Context, path, what string) ([]byte, error) {
+	resp, err := ask(ctx, path, what)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReport))
+	if err != nil {
+		return nil, asked(path, err)
+	}
+	return body, nil
+}
+
+// ask is get for an answer that comes bit by bit. The caller closes its body.
+func ask(ctx context.Context, path, what string) (*http.Response, error) {
 	t := &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -103,15 +117,11 @@ func get(ctx context.Context, path, what string) ([]byte, error) {
 	if err != nil {
 		return nil, asked(path, err)
 	}
-	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
 		return nil, refused(resp)
 	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReport))
-	if err != nil {
-		return nil, asked(path, err)
-	}
-	return body, nil
+	return resp, nil
 }
 
 // asked says why the node behind path could not be asked.

@@ -22,7 +22,8 @@ import (
 // Besides GET /status a node answers
 //
 //	GET /dial?address=HOST:PORT   101, and from then on the connection is one inside the VPN
-//	GET /ping?host=HOST&...       200 and a Pong
+//	GET /ping?host=HOST&...       200 and a netstack.PingReply
+//	GET /speed?peer=NAME&test=... 200 and lines; see speed.go
 //
 // An error is 502, or 504 when it is about time, with the reason as text.
 
@@ -43,6 +44,7 @@ type verbs struct {
 func (v *verbs) handle(mux *http.ServeMux) {
 	mux.HandleFunc("GET /dial", v.dial)
 	mux.HandleFunc("GET /ping", v.ping)
+	mux.HandleFunc("GET /speed", v.speed)
 }
 
 // enter admits a stream unless the node closes. The caller calls v.streams.Done.
