@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -17,9 +19,10 @@ import (
 
 func newStatus() *cobra.Command {
 	var file, socket string
-	var asJSON bool
+	var asJSON, live bool
+	var interval time.Duration
 	cmd := &cobra.Command{
-		Use:   "status [-c FILE | --socket PATH] [--json]",
+		Use:   "status [-c FILE | --socket PATH] [--json | --watch]",
 		Short: "show what a running node is doing",
 		Long: `Status asks a running node for its peers, what went each way, what was dropped and
 why, the path MTU, and which offloads are on, or why they are not. The node is found
@@ -30,6 +33,17 @@ that runs for this user.`,
 			path, err := findSocket(cmd, file, socket)
 			if err != nil {
 				return err
+			}
+			if live {
+				if asJSON {
+					return exitWith(exitUsage, errors.New("--watch and --json exclude each other"))
+				}
+				if interval < 100*time.Millisecond {
+					return exitWith(exitUsage, fmt.Errorf("--interval %v: expected at least 100ms", interval))
+				}
+				ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+				defer stop()
+				return watch(ctx, path, interval, cmd.OutOrStdout())
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 			defer cancel()
@@ -52,6 +66,8 @@ that runs for this user.`,
 	configFlag(cmd, &file)
 	cmd.Flags().StringVar(&socket, "socket", "", "the node's control socket `PATH`")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print everything, as JSON")
+	cmd.Flags().BoolVarP(&live, "watch", "w", false, "show rates, and renew them until interrupted")
+	cmd.Flags().DurationVar(&interval, "interval", time.Second, "the time between two looks of --watch")
 	return cmd
 }
 

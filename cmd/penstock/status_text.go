@@ -185,8 +185,21 @@ func (p *page) router(r *control.Report) {
 	}
 }
 
-// drops are those of the tunnel, the sockets and the stack side together.
 func (p *page) drops(r *control.Report) {
+	all := allDrops(r)
+	if len(all) == 0 {
+		p.heading("no drops")
+		return
+	}
+	p.heading("drops")
+	for _, reason := range slices.Sorted(maps.Keys(all)) {
+		n, _ := fmt.Fprintf(&p.b, "%*s%*d ", indent, "", keyWidth, all[reason])
+		p.wrapped(n, reason)
+	}
+}
+
+// allDrops are those of the tunnel, the sockets and the stack side together, by reason.
+func allDrops(r *control.Report) map[string]uint64 {
 	all := maps.Clone(r.Node.Tunnel.Drops)
 	if all == nil {
 		all = map[string]uint64{}
@@ -207,15 +220,7 @@ func (p *page) drops(r *control.Report) {
 			}
 		}
 	}
-	if len(all) == 0 {
-		p.heading("no drops")
-		return
-	}
-	p.heading("drops")
-	for _, reason := range slices.Sorted(maps.Keys(all)) {
-		n, _ := fmt.Fprintf(&p.b, "%*s%*d ", indent, "", keyWidth, all[reason])
-		p.wrapped(n, reason)
-	}
+	return all
 }
 
 // span is a time that is over, as people say it.
