@@ -201,7 +201,7 @@ func (d *tcpDial) run(ctx context.Context) {
 	why := d.why
 	f.mu.Unlock()
 	switch {
-	case why != notRefused || r.ctx.Err() != nil:
+	case why != notRefused || r.ctx.Err() != nil || d.isAborted():
 		if conn != nil {
 			reset(conn)
 		}
@@ -330,6 +330,12 @@ func (d *tcpDial) hold(side int, c net.Conn) bool {
 	}
 	d.sides[side] = c
 	return true
+}
+
+func (d *tcpDial) isAborted() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.aborted
 }
 
 // abort implements routerFlow.
