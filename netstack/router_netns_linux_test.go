@@ -522,3 +522,72 @@ func headerSum(b []byte) uint16 {
 	}
 	return uint16(sum)
 }
+
+// TestRouterPathMTU: the path between the nodes narrows while a connection through the
+// router is open. The router's stack, which sends from the target's address, hears of
+// it and goes on with smaller segments.
+func TestRouterPathMTU(t *testing.T) {
+	w := newRouterNet(t)
+	key := newKey(t)
+	r := w.router(key.Public())
+	var a *Node
+	var l net.Listener
+	w.in(clientNS, func() {
+		a = start(t, Config{
+			PrivateKey: key, Addresses: prefixes("10.66.0.1/24", "fd66::1/64"),
+			Listen: []netip.AddrPort{netip.MustParseAddrPort("10.9.1.1:5182")},
+			Peers:  []Peer{{Name: "router", PublicKey: r.key, Endpoint: "10.9.1.2:5182", AllowedIPs: prefixes("0.0.0.0/0", "::/0")}},
+		})
+		w.check(a.WaitEstablished(within(t, 10*time.Second), r.key))
+	})
+	w.in(targetNS, func() {
+		var err error
+		l, err = net.Listen("tcp", ":80")
+		w.check(err)
+	})
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				for one := make([]byte, 1); ; {
+					if _, err := c.Read(one); err != nil {
+						return
+					}
+					c.Write(make([]byte, int(one[0])<<10))
+				}
+			}()
+		}
+	}()
+	var conns []net.Conn
+	for _, to := range []string{"10.9.2.2:80", "[fd92::2]:80"} {
+		c, err := a.Dial(within(t, 10*time.Second), "tcp", to)
+		w.check(err)
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(40 * time.Second))
+		conns = append(conns, c)
+	}
+	fetch := func(kib byte) {
+		for _, c := range conns {
+			c.Write([]byte{kib})
+			if n, err := io.CopyN(io.Discard, c, int64(kib)<<10); err != nil {
+				t.Fatalf("%v: %d bytes, %v", c.RemoteAddr(), n, err)
+			}
+		}
+	}
+	fetch(255)
+	// IPv6 needs 1,280 inside; 1,400 outside leave 1,334 or so.
+	for ns, name := range map[int]string{clientNS: "right", routerNS: "left"} {
+		w.in(ns, func() {
+			l, err := netlink.LinkByName(name)
+			w.check(err)
+			w.check(netlink.LinkSetMTU(l, 1400))
+		})
+	}
+	// Little, since the stack recovers what was under way a segment at a time.
+	fetch(20)
+}
