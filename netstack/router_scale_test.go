@@ -184,7 +184,7 @@ func TestRouterChurn(t *testing.T) {
 	_, port, _ := net.SplitHostPort(udpService(t))
 	var vanished atomic.Bool
 	a, b := routedPair(t, func(_, b *Config) {
-		b.Router.Timeouts = RouterTimeouts{Dial: 300 * time.Millisecond, UDPIdle: 200 * time.Millisecond}
+		b.Router.Timeouts = RouterTimeouts{Dial: 500 * time.Millisecond, UDPIdle: 200 * time.Millisecond}
 		b.Router.Flow = func(ctx context.Context, f Flow) (net.Conn, error) {
 			if vanished.Load() && f.Dst.Addr().As16()[15]%2 == 0 {
 				<-ctx.Done() // a host that has been switched off
@@ -205,7 +205,7 @@ func TestRouterChurn(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 200 {
 			wg.Go(func() {
-				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
 				defer cancel()
 				host := netip.AddrFrom4([4]byte{203, 0, 113, byte(1 + i)}).String()
 				c, err := a.Dial(ctx, "tcp", hostPort(host, at))
@@ -216,7 +216,7 @@ func TestRouterChurn(t *testing.T) {
 					return
 				}
 				defer c.Close()
-				c.SetDeadline(time.Now().Add(10 * time.Second))
+				c.SetDeadline(time.Now().Add(3 * patience))
 				c.Write(randomBytes(10_000))
 				switch i % 4 {
 				case 0: // reads a part and leaves
