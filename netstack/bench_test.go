@@ -40,6 +40,7 @@ type joined struct {
 	listen func(port int) (net.Listener, error)
 	packet func(port int) (net.PacketConn, error)
 	sends  func() (records, calls uint64) // of the dialling side; nil: not known
+	node   *Node                          // the dialling one, if it is one of ours
 }
 
 const serverIP = "10.66.0.2"
@@ -53,6 +54,7 @@ func joinPenstock(b testing.TB, mtu int, gso bool) *joined {
 		}
 	})
 	return &joined{
+		node:   x,
 		dial:   x.Dial,
 		listen: func(port int) (net.Listener, error) { return y.Listen("tcp", fmt.Sprintf("%s:%d", serverIP, port)) },
 		packet: func(port int) (net.PacketConn, error) {
@@ -251,6 +253,7 @@ type meter struct {
 	begin time.Time
 	cpu   time.Duration
 	out   [2]uint64
+	tcp   [2]uint64 // retransmitted segments, timeouts
 }
 
 func startMeter(b *testing.B, j *joined) *meter {
@@ -259,7 +262,16 @@ func startMeter(b *testing.B, j *joined) *meter {
 	if j.sends != nil {
 		m.out[0], m.out[1] = j.sends()
 	}
+	if j.node != nil {
+		m.tcp = j.tcp()
+	}
 	return m
+}
+
+// tcp counts the dialling side's retransmitted segments and its timeouts.
+func (j *joined) tcp() [2]uint64 {
+	s := j.node.stack.Stats().TCP
+	return [2]uint64{s.Retransmits.Value(), s.Timeouts.Value()}
 }
 
 func (m *meter) report(bytes int64) {
@@ -268,6 +280,11 @@ func (m *meter) report(bytes int64) {
 	m.b.ReportMetric(gb*8/elapsed.Seconds(), "Gbit/s")
 	if cpu > 0 {
 		m.b.ReportMetric(cpu.Seconds()/gb, "cpu-s/GB")
+	}
+	if m.j.node != nil {
+		tcp := m.j.tcp()
+		m.b.ReportMetric(float64(tcp[0]-m.tcp[0])/gb, "rexmit/GB")
+		m.b.ReportMetric(float64(tcp[1]-m.tcp[1])/gb, "timeouts/GB")
 	}
 	if m.j.sends != nil {
 		if records, calls := m.j.sends(); calls > m.out[1] {

@@ -108,6 +108,7 @@ func joinWireguard(t testing.TB, mtu int) *joined {
 	}
 	connectWG(t, devices, keys)
 	return &joined{
+		node: inner[0],
 		dial: inner[0].Dial,
 		listen: func(port int) (net.Listener, error) {
 			return inner[1].Listen("tcp", fmt.Sprintf("%s:%d", serverIP, port))
