@@ -157,6 +157,9 @@ func (h *httpProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Method == http.MethodConnect:
 		h.connect(w, r)
 	case r.URL.Scheme == "http" && r.URL.Host != "":
+		// A service may answer before it has the whole request: without this, the rest of that
+		// would be thrown away. An error is of HTTP/2, which nobody speaks to us.
+		_ = http.NewResponseController(w).EnableFullDuplex()
 		h.forward.ServeHTTP(w, r)
 	case r.URL.IsAbs():
 		h.say(w, http.StatusBadRequest, fmt.Sprintf("cannot fetch %s URLs; use CONNECT", r.URL.Scheme))

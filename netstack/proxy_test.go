@@ -38,6 +38,7 @@ func proxyPair(t *testing.T, o ProxyOptions) (p *Relay, a *Node) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Seen", strings.Join([]string{r.Method, r.Host, r.Header.Get("X-Forwarded-For"), r.Header.Get("Proxy-Authorization")}, "|"))
+		http.NewResponseController(w).EnableFullDuplex() // the answer begins before the request has ended
 		io.Copy(w, r.Body)
 	})
 	plain, secure := httptest.NewServer(mux), httptest.NewTLSServer(mux)

@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 }
 
 func TestScripts(t *testing.T) {
-	required(t, "curl")
+	required(t, "curl", "git", "ssh", "/usr/sbin/sshd") // chromium is too large to require
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
