@@ -197,7 +197,7 @@ func parseICMP(t testing.TB, p []byte) (m icmpMessage, ok bool) {
 		m.mtu = binary.BigEndian.Uint32(b[4:])
 	} else {
 		h := header.IPv4(p)
-		if h.TransportProtocol() != header.ICMPv4ProtocolNumber {
+		if h.TransportProtocol() != header.ICMPv4ProtocolNumber || h.More() || h.FragmentOffset() != 0 {
 			return m, false
 		}
 		b = p[h.HeaderLength():]
@@ -213,13 +213,29 @@ func parseICMP(t testing.TB, p []byte) (m icmpMessage, ok bool) {
 	return m, true
 }
 
-// askICMP sends packets and gives the first ICMP message in answer.
+// answers tells whether m is about the packet: its echo, or an error that quotes it. What comes late for
+// another is not.
+func (m *icmpMessage) answers(packet []byte) bool {
+	l4 := 20
+	if packet[0]>>4 == 6 {
+		l4 = 40
+	}
+	if echo := m.kind == 0 || m.kind == 129; echo {
+		return m.ident == binary.BigEndian.Uint16(packet[l4+4:]) && m.seq == binary.BigEndian.Uint16(packet[l4+6:])
+	}
+	return len(m.body) >= l4+8 && sameDestination(m.body, packet)
+}
+
+// askICMP sends packets and gives the first ICMP message in answer to the first of them.
 func (c *rawClient) askICMP(t testing.TB, wait time.Duration, packets ...[]byte) (icmpMessage, bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), wait)
 	defer cancel()
 	var m icmpMessage
-	p := c.ask(ctx, func(p []byte) (ok bool) { m, ok = parseICMP(t, p); return ok }, packets...)
+	p := c.ask(ctx, func(p []byte) (ok bool) {
+		m, ok = parseICMP(t, p)
+		return ok && m.answers(packets[0])
+	}, packets...)
 	return m, p != nil
 }
 
