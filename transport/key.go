@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"strings"
 )
 
@@ -51,6 +52,9 @@ func (k PrivateKey) String() string { return "(private key)" }
 
 // GoString hides the key from %#v too.
 func (k PrivateKey) GoString() string { return k.String() }
+
+// LogValue hides the key from slog, which would use MarshalText.
+func (k PrivateKey) LogValue() slog.Value { return slog.StringValue(k.String()) }
 
 // String is the base64 text form.
 func (k PublicKey) String() string { return base64.StdEncoding.EncodeToString(k[:]) }
