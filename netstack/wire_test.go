@@ -104,7 +104,7 @@ func TestBadWireTCP(t *testing.T) {
 	var wg sync.WaitGroup
 	for _, host := range []string{"10.66.0.2", "fd66::2"} {
 		wg.Go(func() {
-			if err := bothWays(a, b, host, 400<<10, time.Minute); err != nil {
+			if err := bothWays(a, b, host, 300<<10, time.Minute); err != nil {
 				t.Errorf("%s: %v", host, err)
 			}
 		})
@@ -138,7 +138,7 @@ func TestBadWireRekeyAndRoam(t *testing.T) {
 		}
 	})
 	for _, host := range []string{"10.66.0.2", "fd66::2"} {
-		if err := bothWays(a, b, host, 300<<10, time.Minute); err != nil {
+		if err := bothWays(a, b, host, 150<<10, time.Minute); err != nil {
 			t.Errorf("%s: %v", host, err)
 		}
 	}
