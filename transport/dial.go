@@ -87,6 +87,9 @@ func (t *Transport) dialTargets(p *peer) ([]netip.AddrPort, error) {
 		remotes = append(remotes, a.path.Load().remote)
 	}
 	if p.cfg.Endpoint == "" {
+		if len(remotes) == 0 {
+			return nil, errGone
+		}
 		return remotes, nil
 	}
 	resolved, err := t.cfg.ResolveEndpoint(p.cfg.Endpoint)

@@ -8,7 +8,8 @@ type DropReason int
 
 // The reasons, in the order a packet could meet them: outbound, then inbound.
 const (
-	DropNoPeer         DropReason = iota // outbound: no peer has an allowed prefix for the destination
+	DropDeviceRead     DropReason = iota // outbound: the Device failed to give a packet
+	DropNoPeer                           // outbound: no peer has an allowed prefix for the destination
 	DropNotIP                            // outbound: neither IPv4 nor IPv6, or shorter than its header
 	DropNoAssociation                    // outbound: the peer is not connected and its waiting room is full
 	DropTooBig                           // outbound: larger than the path to the peer carries
@@ -32,6 +33,7 @@ const (
 )
 
 var dropNames = [numDropReasons]string{
+	DropDeviceRead:     "device gave an error",
 	DropNoPeer:         "no peer for destination",
 	DropNotIP:          "not an IP packet",
 	DropNoAssociation:  "peer not connected",

@@ -19,5 +19,6 @@ var (
 	errBusy        = errors.New("a handshake with this address is under way")
 	errYielded     = errors.New("yielded to the peer's own call")
 	errEvicted     = errors.New("too many half-open handshakes")
+	errGone        = errors.New("it has no endpoint, and left before it was called")
 	errReplaced    = errors.New("the remote started anew")
 )

@@ -254,6 +254,10 @@ func (p *peer) dialDone(err error) {
 	case errors.Is(err, errYielded) || errors.Is(err, errBusy): // the peer calls us
 		p.nextDial = now + int64(p.backoffLocked())
 	case err != nil:
+		if now-p.waiting.since > int64(p.t.cfg.Timing.HandshakeTimeout) {
+			// Nobody waits for these any more, and fresher ones want the room.
+			p.t.drops.add(DropNoAssociation, len(p.waiting.take()))
+		}
 		p.lastErr = err
 		p.nextDial = now + int64(p.backoffLocked())
 		p.attempts++

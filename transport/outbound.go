@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/gaissmai/bart"
 )
@@ -17,8 +18,14 @@ func (t *Transport) outboundPump() {
 		if n > 0 {
 			o.batch(n)
 		}
-		if err != nil && errors.Is(err, os.ErrClosed) {
-			return
+		if err != nil {
+			if errors.Is(err, os.ErrClosed) {
+				return
+			}
+			t.drops.add(DropDeviceRead, 1)
+			if n == 0 {
+				time.Sleep(time.Millisecond) // an error that stays must not burn a core
+			}
 		}
 	}
 }
@@ -89,26 +96,23 @@ func (o *outbound) batch(n int) {
 // sealNext seals the packets from i on that go to one association, and returns
 // how many packets it has dealt with.
 func (o *outbound) sealNext(i, n int) int {
-	p, ok := o.lookup(o.packet(i))
-	if !ok {
+	p, why := o.lookup(o.packet(i))
+	if p == nil {
+		o.t.drops.add(why, 1)
 		return 1
 	}
 	k := 1
 	for i+k < n {
-		q, ok := o.lookup(o.packet(i + k))
-		if !ok || q != p {
+		if q, _ := o.lookup(o.packet(i + k)); q != p {
 			break
 		}
 		k++
 	}
 	a := p.slots.Load().current
 	if a == nil {
-		for j := i; j < i+k; j++ {
-			if !p.stage(o.packet(j)) {
-				o.t.drops.add(DropNoAssociation, 1)
-			}
+		if a = o.stage(p, i, k); a == nil {
+			return k
 		}
-		return k
 	}
 	seq, ok := a.reserve(k)
 	if !ok {
@@ -131,26 +135,38 @@ func (o *outbound) sealNext(i, n int) int {
 	return k
 }
 
+// stage leaves the k packets from i on in p's waiting room, or returns the
+// association that has come to be in the meantime.
+func (o *outbound) stage(p *peer, i, k int) *association {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if a := p.slots.Load().current; a != nil {
+		return a // what has waited was taken by now; the next to take it would come an hour later
+	}
+	for j := i; j < i+k; j++ {
+		if !p.stageLocked(o.packet(j)) {
+			o.t.drops.add(DropNoAssociation, 1)
+		}
+	}
+	return nil
+}
+
 func (o *outbound) packet(i int) []byte { return o.bufs[i][headSlack : headSlack+o.sizes[i]] }
 
 // lookup finds the peer for a packet. Neighbours mostly share a destination, so
-// the last answer is kept. A failure is counted.
-func (o *outbound) lookup(packet []byte) (*peer, bool) {
+// the last answer is kept. Without a peer it says why; it counts nothing, as a packet
+// is looked up twice when it ends a run.
+func (o *outbound) lookup(packet []byte) (*peer, DropReason) {
 	dst, ok := destination(packet)
 	if !ok {
-		o.t.drops.add(DropNotIP, 1)
-		return nil, false
+		return nil, DropNotIP
 	}
 	routes := o.t.routes.Load()
 	if dst != o.lastDst || o.lastFrom != routes {
 		p, _ := routes.Lookup(dst)
 		o.lastDst, o.lastPeer, o.lastFrom = dst, p, routes
 	}
-	if o.lastPeer == nil {
-		o.t.drops.add(DropNoPeer, 1)
-		return nil, false
-	}
-	return o.lastPeer, true
+	return o.lastPeer, DropNoPeer
 }
 
 // append adds a record to the last run if it fits there, else starts another.
@@ -188,21 +204,27 @@ func (o *outbound) send() {
 				break
 			}
 			o.wire = append(o.wire, Run{Remote: at.remote, Local: at.local, Segments: o.records[r.first : r.first+r.count]})
-			r.a.peer.out.add(r.count, r.inner)
-			r.a.peer.lastOutbound.Store(now)
 		}
-		o.write(conn, o.runs[i:j])
+		o.write(conn, o.runs[i:j], now)
 		i = j
 	}
 }
 
-func (o *outbound) write(conn PacketConn, runs []outboundRun) {
+func (o *outbound) write(conn PacketConn, runs []outboundRun, now int64) {
 	for wire := o.wire; len(wire) > 0; {
 		n, err := conn.WriteBatch(wire)
 		if err == nil {
+			n = len(wire)
+		}
+		n = min(n, len(wire))
+		for i := range runs[:n] {
+			r := &runs[i]
+			r.a.peer.out.add(r.count, r.inner)
+			r.a.peer.lastOutbound.Store(now)
+		}
+		if n == len(wire) {
 			return
 		}
-		n = min(n, len(wire)-1)
 		r := &runs[n]
 		o.t.drops.add(DropSend, r.count)
 		if errors.Is(err, ErrDatagramTooBig) {
@@ -237,19 +259,21 @@ func address(packet []byte, at4, at6 int) (netip.Addr, bool) {
 // and what was waiting for the association.
 
 // sendFrame seals a copy of body as one frame under a and sends it. A failure
-// is counted and nothing else: whoever asks, asks again.
-func (t *Transport) sendFrame(a *association, typ frameType, body []byte) {
+// is counted and reported, nothing else: whoever asks, asks again.
+func (t *Transport) sendFrame(a *association, typ frameType, body []byte) bool {
 	seq, ok := a.reserve(1)
 	if !ok {
 		t.drops.add(DropExhausted, 1)
-		return
+		return false
 	}
 	buf := make([]byte, headSlack+len(body)+tagSize)
 	copy(buf[headSlack:], body)
 	var scratch cryptoScratch
-	if t.sendDatagram(a.path.Load(), a.sealFrame(buf, len(body), typ, seq, &scratch)) {
-		a.peer.lastOutbound.Store(t.clock.now())
+	if !t.sendDatagram(a.path.Load(), a.sealFrame(buf, len(body), typ, seq, &scratch)) {
+		return false
 	}
+	a.peer.lastOutbound.Store(t.clock.now())
+	return true
 }
 
 // sendCloseNotify sends the DTLS goodbye, for strangers who know no DISCONNECT.
@@ -268,8 +292,9 @@ func (t *Transport) sendWaiting(a *association, packets [][]byte) {
 			t.cfg.TooBig(packet, mtu)
 			continue
 		}
-		t.sendFrame(a, frameData, packet)
-		a.peer.out.add(1, len(packet))
+		if t.sendFrame(a, frameData, packet) {
+			a.peer.out.add(1, len(packet))
+		}
 	}
 }
 

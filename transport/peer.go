@@ -248,17 +248,13 @@ func (p *peer) roam(a *association, to *path) {
 	p.wakeLocked()
 }
 
-// stage keeps a copy of a packet for a peer that is not connected yet, and
-// wakes step, which may call it. It reports whether the packet was kept.
-func (p *peer) stage(packet []byte) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+// stageLocked keeps a copy of a packet for a peer that is not connected yet; step
+// calls such a peer as soon as it may anyhow. It reports whether the packet was kept.
+func (p *peer) stageLocked(packet []byte) bool {
 	if p.stopped || (p.cfg.Endpoint == "" && p.slots.Load().newest() == nil) {
 		return false
 	}
-	kept := p.waiting.add(packet)
-	p.wakeLocked()
-	return kept
+	return p.waiting.add(packet, p.t.clock.now())
 }
 
 // A waitingRoom holds outbound packets until a peer is connected, so that the
@@ -267,6 +263,7 @@ func (p *peer) stage(packet []byte) bool {
 type waitingRoom struct {
 	packets [][]byte
 	bytes   int
+	since   int64 // clock reading of the oldest
 }
 
 const (
@@ -274,9 +271,12 @@ const (
 	maxWaitingBytes   = 128 << 10
 )
 
-func (w *waitingRoom) add(packet []byte) bool {
+func (w *waitingRoom) add(packet []byte, now int64) bool {
 	if len(w.packets) >= maxWaitingPackets || w.bytes+len(packet) > maxWaitingBytes {
 		return false
+	}
+	if len(w.packets) == 0 {
+		w.since = now
 	}
 	w.packets = append(w.packets, append([]byte(nil), packet...))
 	w.bytes += len(packet)
