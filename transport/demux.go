@@ -1,7 +1,6 @@
 package transport
 
 import (
-	"bytes"
 	"context"
 	"time"
 )
@@ -45,7 +44,7 @@ func (t *Transport) handshakeDatagram(at path, d []byte, known *peer) {
 // key yields, so exactly one handshake goes on.
 func (t *Transport) supersedes(pend *pending, hello helloInfo) bool {
 	if pend.callee != nil {
-		return bytes.Compare(t.public[:], pend.callee.key[:]) < 0
+		return !pend.callee.callsPrevail()
 	}
 	return pend.random != hello.random && (pend.session != nil || time.Since(pend.started) > helloPatience)
 }

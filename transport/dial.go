@@ -159,15 +159,14 @@ func (t *Transport) serve(ctx context.Context, pend *pending, at *path) {
 	p := t.peerByKey(s.remote)
 	if p == nil || !t.halfOpen.completed(at.remote, pend, s) || t.install(p, s, at) != nil {
 		t.halfOpen.remove(at.remote, pend)
-		t.retire(s)
+		<-s.retire()
 	}
 }
 
-// install gives a completed handshake to its peer, and the pump's work to the
+// install gives a completed handshake to its peer, unless that has a better one or is gone, and the pump's work to the
 // records that came before it was complete here.
 func (t *Transport) install(p *peer, s *session, at *path) error {
 	if err := p.install(s, at); err != nil {
-		t.retire(s)
 		return err
 	}
 	if early := s.takeEarly(); len(early) > 0 {

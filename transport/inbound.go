@@ -25,6 +25,12 @@ const (
 	// looked through at all, per second. What a flood starves of this finds its
 	// peer again by a new handshake.
 	searchRate = 500
+	// sharedRate bounds the records, per second, for which it is asked who else lives at an
+	// address where a peer is known: some 10 µs each with 1,000 peers.
+	sharedRate = 5000
+	// doubtTime is how long records from an address are looked at with care after one
+	// that was not of the peer known there: a copy each, and another peer may have sent it.
+	doubtTime = time.Second
 )
 
 // inboundPump carries packets from one socket to the Device until the socket is
@@ -54,7 +60,11 @@ type inbound struct {
 	second  []byte // a record's copy, for a second try
 	trials  *rate.Limiter
 	search  *rate.Limiter
+	shared  *rate.Limiter
 	now     int64
+
+	doubt   netip.AddrPort // an address from where a record came that was not of the peer known there
+	doubted int64          // clock reading of that
 
 	held    *association // whose inMu is held
 	heard   bool         // held has opened a record in this receive
@@ -74,6 +84,7 @@ func newInbound(t *Transport, conn PacketConn) *inbound {
 		second:  make([]byte, receiveBuffer),
 		trials:  rate.NewLimiter(trialRate, trialRate/10),
 		search:  rate.NewLimiter(searchRate, searchRate/5),
+		shared:  rate.NewLimiter(sharedRate, sharedRate/10),
 	}
 	return in
 }
@@ -186,12 +197,17 @@ func (in *inbound) protected(p *peer, at path, hdr recordHeader, record []byte) 
 		return
 	}
 	s := p.slots.Load()
-	if a := s.single(); a != nil {
-		in.count(in.open(a, at, hdr, record))
+	doubt := in.doubt == at.remote && in.now-in.doubted < int64(doubtTime)
+	if a := s.single(); a != nil && !doubt {
+		got := in.open(a, at, hdr, record)
+		if got != opened {
+			in.doubt, in.doubted = at.remote, in.now
+		}
+		in.count(got)
 		return
 	}
-	// Two or three associations are alive, a rekey is under way: the record does
-	// not say whose it is, and a failed open destroys it.
+	// Two or three associations are alive, a rekey is under way; or two peers have been
+	// heard from this address, or a forger. The record does not say whose it is, and a failed open destroys it.
 	copied := in.second[:copy(in.second, record)]
 	worst := opened
 	for a := range s.each {
@@ -204,6 +220,12 @@ func (in *inbound) protected(p *peer, at path, hdr recordHeader, record []byte) 
 		}
 		worst = max(worst, got)
 	}
+	if doubt && in.shared.AllowN(time.Now(), 1) {
+		if _, ok := in.find(p, worst == forged, at, hdr, record); ok {
+			return
+		}
+	}
+	in.doubt, in.doubted = at.remote, in.now
 	in.count(worst)
 }
 
@@ -217,17 +239,33 @@ func (in *inbound) early(at path, record []byte) bool {
 
 // stranger looks for the association of a record from an address where no peer
 // is known: a peer behind a NAT that has given it another port, or on another
-// network. Only associations for which the record would be the newest are tried.
+// network.
 func (in *inbound) stranger(at path, hdr recordHeader, record []byte) {
+	if why, ok := in.find(nil, true, at, hdr, record); !ok {
+		in.t.drops.add(why, 1)
+	}
+}
+
+// find looks for the association of a record among all peers but the one that is
+// known at its address, and gives the address to the peer found, else says why
+// there is none. Only associations for which the record would be the newest are tried, and
+// unless wide only those that live at the address.
+func (in *inbound) find(known *peer, wide bool, at path, hdr recordHeader, record []byte) (why DropReason, ok bool) {
 	in.release(at)
 	now := time.Now()
-	if !in.search.AllowN(now, 1) {
-		in.t.drops.add(DropTrialLimit, 1)
-		return
+	wide = wide && in.search.AllowN(now, 1)
+	if !wide && known == nil {
+		return DropTrialLimit, false
 	}
 	copied := in.second[:copy(in.second, record)]
 	for _, p := range *in.t.searchList.Load() {
+		if p == known {
+			continue
+		}
 		for a := range p.slots.Load().each {
+			if !wide && a.path.Load().remote != at.remote {
+				continue
+			}
 			a.inMu.Lock()
 			fits := a.replay.ahead(hdr.seq)
 			a.inMu.Unlock()
@@ -235,17 +273,17 @@ func (in *inbound) stranger(at path, hdr recordHeader, record []byte) {
 				continue
 			}
 			if !in.trials.AllowN(now, 1) {
-				in.t.drops.add(DropTrialLimit, 1)
-				return
+				return DropTrialLimit, false
 			}
 			if in.open(a, at, hdr, record) == opened {
 				in.release(at)
-				return
+				p.reclaim(a, at.remote) // it may never have left: another peer was heard from there
+				return 0, true
 			}
 			copy(record, copied)
 		}
 	}
-	in.t.drops.add(DropUnknownRemote, 1)
+	return DropUnknownRemote, false
 }
 
 // verdict is what open has found.

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"bytes"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -147,8 +148,11 @@ func (p *peer) install(s *session, at *path) error {
 	a.path.Store(at)
 	a.lastInbound.Store(p.t.clock.now())
 	old := p.slots.Load()
-	if old.next != nil {
-		p.retireLocked(old.next)
+	if rival := old.next; rival != nil {
+		if rival.initiator == p.callsPrevail() && a.initiator != rival.initiator && time.Since(rival.born) < confirmPatience {
+			return errYielded
+		}
+		p.retireLocked(rival)
 	}
 	p.claimLocked(at.remote)
 	p.setSlotsLocked(&slots{current: old.current, next: a, previous: old.previous})
@@ -156,6 +160,12 @@ func (p *peer) install(s *session, at *path) error {
 	p.wakeLocked()
 	return nil
 }
+
+// callsPrevail tells whether, of two handshakes at once, the one that we began goes
+// on: ours if our key is the larger. Both sides go by it. Where both calls use the
+// same two addresses the half-open table sees to that; else, as with a NAT or IPv4 one way and IPv6 the
+// other, both complete, in another order on each side, and the one that stands must still be the same.
+func (p *peer) callsPrevail() bool { return bytes.Compare(p.t.public[:], p.key[:]) > 0 }
 
 // confirm is called when a has opened its first record: the peer has it too.
 func (p *peer) confirm(a *association) {
@@ -246,6 +256,17 @@ func (p *peer) roam(a *association, to *path) {
 	p.mtu.restart(p.t.clock.now())
 	p.t.log.Info("peer moved", "peer", p.name, "from", from.remote, "to", to.remote)
 	p.wakeLocked()
+}
+
+// reclaim makes the inbound pumps find p where a is, after another peer was heard from there.
+func (p *peer) reclaim(a *association, at netip.AddrPort) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped || a.path.Load().remote != at {
+		return
+	}
+	p.claimLocked(at)
+	p.setSlotsLocked(p.slots.Load())
 }
 
 // stageLocked keeps a copy of a packet for a peer that is not connected yet; step
