@@ -166,11 +166,14 @@ func (s *Server) control(c net.Conn, r *bufio.Reader, t *Test) error {
 	if busy {
 		return errors.New("another test is running")
 	}
-	defer func() {
+	free := func() {
 		s.mu.Lock()
-		s.session = nil
-		s.mu.Unlock()
-	}()
+		defer s.mu.Unlock()
+		if s.session == ss {
+			s.session = nil
+		}
+	}
+	defer free()
 	if err := send(c, message{Token: fmt.Sprintf("%016x", ss.token)}); err != nil {
 		return err
 	}
@@ -191,7 +194,9 @@ func (s *Server) control(c net.Conn, r *bufio.Reader, t *Test) error {
 	if err := ss.run(s, r); err != nil {
 		return err
 	}
-	return send(c, message{Count: ss.meter.count()})
+	count := ss.meter.count()
+	free() // before the client hears that it is over: it may begin the next test at once
+	return send(c, message{Count: count})
 }
 
 // run moves the data of a test.
