@@ -90,9 +90,13 @@ func (w *vethPair) check(err error) {
 // in runs f in the namespace of an end.
 func (w *vethPair) in(end int, f func()) {
 	w.t.Helper()
+	runtime.LockOSThread() // subtests have threads of their own
 	w.check(netns.Set(w.ends[end].ns))
+	defer func() {
+		w.check(netns.Set(w.home)) // fails: the thread stays locked and dies with the goroutine
+		runtime.UnlockOSThread()
+	}()
 	f()
-	w.check(netns.Set(w.home))
 }
 
 func (w *vethPair) listen(end int, addr string, opts SocketOptions) (s *UDPSocket) {
