@@ -164,6 +164,7 @@ func TestWholeFlightsForAResumingClient(t *testing.T) {
 		s, _ := testHandshaker(t)
 		var mu sync.Mutex
 		fromServer := 0
+		var pushes sync.WaitGroup
 		var w *wire
 		w = newWire(func(fromClient bool, d []byte) [][]byte {
 			mu.Lock()
@@ -174,14 +175,19 @@ func TestWholeFlightsForAResumingClient(t *testing.T) {
 			if fromServer++; fromServer == lose {
 				return nil
 			}
-			go func(n int) { // one read each, unless they are kept together
+			n := fromServer
+			pushes.Go(func() { // one read each, unless they are kept together
 				time.Sleep(time.Duration(n) * 3 * time.Millisecond)
 				w.client.push(d)
-			}(fromServer)
+			})
 			return nil
 		})
 		w.client.wholeFlights = whole
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		patience := time.Second // without whole flights it is in vain
+		if whole {
+			patience = 20 * time.Second
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -206,7 +212,7 @@ func TestWholeFlightsForAResumingClient(t *testing.T) {
 			cancel()
 		}
 		wg.Wait()
-		time.Sleep(50 * time.Millisecond) // the delayed pushes
+		pushes.Wait()
 		return err
 	}
 	if err := run(t, false, 0); err == nil {

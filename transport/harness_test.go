@@ -250,7 +250,7 @@ func ping(t testing.TB, a, b *testNode) {
 	t.Helper()
 	one := func(from, to *testNode) {
 		t.Helper()
-		deadline := time.After(20 * time.Second)
+		deadline := time.After(patience)
 		for i := uint32(0); ; i++ {
 			from.dev.outbound <- from.packet(to.addr, i, 100)
 			select {
@@ -276,15 +276,19 @@ func drain(c chan []byte) {
 	}
 }
 
+// patience bounds the waiting for what should take milliseconds: on a machine that has other
+// things to do as well it takes seconds.
+const patience = 30 * time.Second
+
 // eventually waits for cond.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	for !cond() {
 		select {
 		case <-ctx.Done():
-			t.Fatalf("not after 20 s: %s", what)
+			t.Fatalf("not after %v: %s", patience, what)
 		case <-time.After(5 * time.Millisecond):
 		}
 	}

@@ -126,11 +126,10 @@ func (p *tool) keyIn(line string) {
 
 func (p *tool) waitFor(text string) {
 	p.t.Helper()
-	for range 500 {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if strings.Contains(p.said(), text) {
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
 	p.t.Fatalf("never said %.40q", text)
 }
@@ -139,7 +138,7 @@ func (p *tool) waitExit() {
 	p.t.Helper()
 	select {
 	case <-p.done:
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		p.t.Fatal("does not exit")
 	}
 }
@@ -262,7 +261,7 @@ func (e *loopbackEnd) sequence() uint64 { e.next++; return e.next - 1 }
 
 // handshake runs our side and takes the session over.
 func (e *loopbackEnd) handshake(h *handshaker, client bool, want PublicKey) error {
-	ctx, cancel := context.WithTimeout(e.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(e.t.Context(), patience)
 	defer cancel()
 	run := h.client
 	if !client {
@@ -320,7 +319,7 @@ func (e *loopbackEnd) wantPlaintext(line string) {
 			if !strings.HasPrefix(line, string(got)) {
 				e.t.Fatalf("got %.60q, want %.60q", got, line)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			e.t.Fatalf("got %.60q, want %.60q", got, line)
 		}
 	}
@@ -340,7 +339,7 @@ func (e *loopbackEnd) wantCloseNotify() {
 		if a.description != alertCloseNotify {
 			e.t.Fatalf("alert %v", a)
 		}
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		e.t.Fatal("no close_notify")
 	}
 }
@@ -487,7 +486,7 @@ func TestWeCallOpenSSLWithECDSA(t *testing.T) {
 			config := h.config(a, h.suites, anyKey)
 			config.SignatureSchemes = nil
 			config.VerifyPeerCertificate = nil
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
 			pion, err := dtls.ClientWithContext(ctx, e.conn, config)
 			if err != nil {
