@@ -345,7 +345,8 @@ func TestDNSSplit(t *testing.T) {
 	}
 }
 
-// A scriptedDNS is a client with two servers on loopback and a clock of its own.
+// A scriptedDNS is a client with two servers on loopback and a clock of its own. It waits long for
+// an answer: where one is to stay away, the test sets rounds.
 func scriptedDNS(t *testing.T, zone map[string][]string) (c *dnsClient, first, second *testDNS, clock *time.Time) {
 	t.Helper()
 	first, second = newTestDNS(zone), newTestDNS(zone)
@@ -354,7 +355,7 @@ func scriptedDNS(t *testing.T, zone map[string][]string) (c *dnsClient, first, s
 	now := time.Now()
 	clock = &now
 	c.now = func() time.Time { return *clock }
-	c.rounds = []time.Duration{200 * time.Millisecond, 400 * time.Millisecond}
+	c.rounds = []time.Duration{patience, patience}
 	t.Cleanup(func() { c.Close() })
 	return c, first, second, clock
 }
@@ -438,6 +439,7 @@ func TestDNSRetries(t *testing.T) {
 	for name, mangle := range map[string]func(string, []byte) [][]byte{"silent": silent, "refuses": refuses} {
 		t.Run(name, func(t *testing.T) {
 			c, first, second, _ := scriptedDNS(t, zone)
+			c.rounds = []time.Duration{time.Second, patience}
 			first.set(func() { first.mangle = mangle })
 			for _, q := range []struct{ name, want string }{{"a.example", "10.0.0.1"}, {"b.example", "10.0.0.2"}} {
 				if got, err := c.testLookup(t, q.name); got != q.want {
@@ -451,6 +453,7 @@ func TestDNSRetries(t *testing.T) {
 	}
 	t.Run("loss", func(t *testing.T) {
 		c, first, second, _ := scriptedDNS(t, zone)
+		c.rounds = []time.Duration{100 * time.Millisecond, patience}
 		second.set(func() { second.mangle = silent })
 		lost := false
 		first.set(func() {
@@ -468,6 +471,7 @@ func TestDNSRetries(t *testing.T) {
 	})
 	t.Run("all silent", func(t *testing.T) {
 		c, first, second, clock := scriptedDNS(t, zone)
+		c.rounds = []time.Duration{100 * time.Millisecond, 200 * time.Millisecond}
 		first.set(func() { first.mangle = silent })
 		second.set(func() { second.mangle = silent })
 		_, err := c.testLookup(t, "a.example")
@@ -479,6 +483,7 @@ func TestDNSRetries(t *testing.T) {
 			t.Errorf("%d datagrams, want 2 to each", n)
 		}
 		first.set(func() { first.mangle = nil })
+		c.rounds = []time.Duration{patience}
 		if _, err := c.testLookup(t, "a.example"); err == nil {
 			t.Error("asked again at once")
 		}
@@ -520,7 +525,6 @@ func TestDNSOnce(t *testing.T) {
 	first.set(func() {
 		first.mangle = func(_ string, b []byte) [][]byte { <-release; return [][]byte{b} }
 	})
-	c.rounds = []time.Duration{patience}
 	var asking sync.WaitGroup
 	for range 50 {
 		asking.Go(func() {

@@ -23,7 +23,7 @@ import (
 // These tests put sockets of the system on both sides of a relay. What it is like
 // with the VPN on one side is in ports_test.go.
 
-const patience = 10 * time.Second // for what should take milliseconds
+const patience = 30 * time.Second // for what should take milliseconds
 
 func testRelay(t *testing.T, network, to string, limits relayLimits) *Relay {
 	t.Helper()
