@@ -182,6 +182,14 @@ var quick = Timing{
 	Keepalive: time.Second, Overlap: time.Second,
 }
 
+// steady are the same, but an association outlives a machine that stands still for a while: for
+// tests of which no second handshake may be a part.
+var steady = func() Timing {
+	t := quick
+	t.DPDTimeout = patience
+	return t
+}()
+
 func newTestNode(t testing.TB, inner string, timing Timing, conns ...PacketConn) *testNode {
 	t.Helper()
 	key, err := GenerateKey()

@@ -56,7 +56,7 @@ func forger(hello []byte) func(i uint32) (from netip.AddrPort, d []byte) {
 // bounded, and lets a peer in that really is where it says.
 func TestFloodOfForgedHellos(t *testing.T) {
 	hello := captureHello(t)
-	net, a, b, _, _ := pair(t, quick)
+	net, a, b, _, cb := pair(t, steady)
 	b.knows(t, a, "")
 	a.knows(t, b, "192.0.2.2:2000")
 	ping(t, a, b)
@@ -82,8 +82,12 @@ func TestFloodOfForgedHellos(t *testing.T) {
 			copy(garbage[1:], []byte{0xfe, 0xfd, 0, byte(n % 2)})
 			binary.BigEndian.PutUint16(garbage[11:], uint16(len(garbage)-recordHeaderSize))
 			net.deliver(from, remote, garbage)
-			if n%64 == 63 {
-				time.Sleep(time.Millisecond) // some 50,000 a second, not a whole core
+			// Some 50,000 a second, not a whole core, and never all of the wire's queue.
+			for n%64 == 63 {
+				time.Sleep(time.Millisecond)
+				if len(cb.queue) < cap(cb.queue)/2 {
+					break
+				}
 			}
 		}
 	}()
@@ -102,9 +106,7 @@ func TestFloodOfForgedHellos(t *testing.T) {
 		t.Errorf("%d goroutines during the flood", n)
 	}
 	// The memory wire's queue is shared with the flood; what it drops is no fault of ours.
-	if got := len(b.dev.inbound); got < packets*8/10 {
-		t.Errorf("%d of %d packets came through the flood", got, packets)
-	}
+	eventually(t, "four packets of five came through the flood", func() bool { return len(b.dev.inbound) >= packets*8/10 })
 	c := newTestNode(t, "10.0.0.3", quick, net.listen("203.0.113.3:3000"))
 	b.knows(t, c, "")
 	c.knows(t, b, remote.String())
