@@ -92,13 +92,12 @@ func TestRouterUDPIdle(t *testing.T) {
 	}
 }
 
-// TestRouterUDPShortFlows: 100,000 flows of one question and one answer each, as a
-// resolver makes them, with the default limits: none is refused, and the sockets
-// stay within the limit.
+// TestRouterUDPShortFlows: many more flows than there may be at once, of one question and one
+// answer each, as a resolver makes them: none is refused, and the sockets stay within the limit.
 func TestRouterUDPShortFlows(t *testing.T) {
-	flows := 100_000
+	flows := 20_000
 	if testing.Short() || raceEnabled {
-		flows = 10_000
+		flows = 5000
 	}
 	_, port, _ := net.SplitHostPort(udpService(t))
 	const perPeer = 1000
@@ -119,7 +118,7 @@ func TestRouterUDPShortFlows(t *testing.T) {
 				}
 				ok := false
 				for range 3 { // it is UDP: ask again
-					c.SetDeadline(time.Now().Add(2 * time.Second))
+					c.SetDeadline(time.Now().Add(patience / 3))
 					if _, err := c.Write([]byte("?")); err != nil {
 						break
 					}
