@@ -22,17 +22,18 @@ type Reader struct {
 	head    int
 	tail    int
 	seg     segmenter
-	current *stack.PacketBuffer // the superpacket that seg is busy with
-	views   [][]byte            // scratch
-	counts  outboundCounts      // of the Read in progress
+	current []*stack.PacketBuffer // what seg is busy with: a superpacket, or several joined
+	views   [][]byte              // scratch
+	counts  outboundCounts        // of the Read in progress
 }
 
 func newReader(w *Wrapper, s Source) *Reader {
 	return &Reader{
-		w:      w,
-		source: s,
-		queue:  make([]*stack.PacketBuffer, w.batchSize),
-		views:  make([][]byte, 0, 64),
+		w:       w,
+		source:  s,
+		queue:   make([]*stack.PacketBuffer, w.batchSize),
+		views:   make([][]byte, 0, 64),
+		current: make([]*stack.PacketBuffer, 0, w.batchSize+1),
 	}
 }
 
@@ -89,31 +90,39 @@ func (r *Reader) drain(bufs [][]byte, sizes []int, offset int) (n int) {
 		if r.head == r.tail {
 			break
 		}
-		pkt := r.queue[r.head]
-		r.queue[r.head] = nil
-		r.head++
-		r.counts.packets++
-		n += r.send(pkt, nat, bufs[n][offset:], &sizes[n])
+		n += r.send(r.next(), nat, bufs[n][offset:], &sizes[n])
 	}
 	return n
 }
 
-// send takes pkt. A superpacket is made ready for split and nothing is written; any other
-// packet is written to dst. It returns the number of packets written.
+// next takes the oldest packet out of the queue, which is not empty.
+func (r *Reader) next() *stack.PacketBuffer {
+	pkt := r.queue[r.head]
+	r.queue[r.head] = nil
+	r.head++
+	r.counts.packets++
+	return pkt
+}
+
+// send takes pkt. A superpacket, and a packet with others that continue it, is made ready for split and
+// nothing is written; any other packet is written to dst. It returns the number of packets
+// written.
 func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, dst []byte, size *int) int {
 	total := pkt.Size()
 	g := FromStack(pkt)
-	if g.GSOSize != 0 && total > int(g.GSOSize) {
+	followers := r.followers(pkt)
+	if g.GSOSize != 0 && (total > int(g.GSOSize) || followers > 0) {
 		if d := r.seg.load(r.viewsOf(pkt), total, g); d != DropNone {
 			r.w.drops.add(d)
 			pkt.DecRef()
 			return 0
 		}
+		r.current = append(r.current, pkt)
+		r.join(followers)
 		if nat != nil {
 			nat.outbound(r.seg.headers(), &r.seg.layout, &r.seg.gso)
 		}
 		r.seg.prime()
-		r.current = pkt
 		if r.seg.left > int(g.GSOSize) {
 			r.counts.superpackets++
 		}
@@ -181,16 +190,31 @@ func (r *Reader) split(bufs [][]byte, sizes []int, offset int) (n int) {
 	}
 	r.counts.segments += uint64(n)
 	if !r.seg.busy {
-		r.current.DecRef()
-		r.current = nil
+		r.done()
 	}
 	return n
+}
+
+// done releases what the segmenter was busy with.
+func (r *Reader) done() {
+	for i, pkt := range r.current {
+		pkt.DecRef()
+		r.current[i] = nil
+	}
+	r.current = r.current[:0]
 }
 
 // viewsOf lends the bytes of pkt as they lie in its views, until the next call.
 func (r *Reader) viewsOf(pkt *stack.PacketBuffer) [][]byte {
 	r.views = r.views[:0]
+	r.appendViews(pkt, 0)
+	return r.views
+}
+
+// appendViews lends the bytes of pkt from at on, after those lent already.
+func (r *Reader) appendViews(pkt *stack.PacketBuffer, at int) {
 	list, skip := pkt.AsViewList()
+	skip += at
 	for v := list.Front(); v != nil; v = v.Next() {
 		b := v.AsSlice()
 		if skip >= len(b) {
@@ -200,7 +224,6 @@ func (r *Reader) viewsOf(pkt *stack.PacketBuffer) [][]byte {
 		r.views = append(r.views, b[skip:])
 		skip = 0
 	}
-	return r.views
 }
 
 // release gives up everything in hand, unless a Read is in progress, which then does it
@@ -210,12 +233,11 @@ func (r *Reader) release() {
 		return
 	}
 	defer r.mu.Unlock()
-	if r.current != nil {
-		r.seg.reset()
-		r.current.DecRef()
-		r.current = nil
+	for range r.current {
 		r.w.drops.add(DropClosed)
 	}
+	r.seg.reset()
+	r.done()
 	for ; r.head < r.tail; r.head++ {
 		r.queue[r.head].DecRef()
 		r.queue[r.head] = nil
