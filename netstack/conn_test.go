@@ -49,7 +49,7 @@ func connect(t testing.TB, a, b *Node, addr string) (ca, cb *TCPConn) {
 	if to.IP.IsUnspecified() {
 		to.IP = b.Addresses()[0].Addr().AsSlice()
 	}
-	c, err := a.Dial(within(t, 10*time.Second), "tcp", to.String())
+	c, err := a.Dial(within(t, patience), "tcp", to.String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +107,7 @@ func TestHalfClose(t *testing.T) {
 
 func TestErrors(t *testing.T) {
 	a, b := pair(t, nil)
-	ctx := within(t, 20*time.Second)
+	ctx := within(t, patience)
 
 	wantErrno := func(what string, err error, want error) {
 		t.Helper()
@@ -125,7 +125,7 @@ func TestErrors(t *testing.T) {
 			t.Fatal(err)
 		}
 		u.Write([]byte("x"))
-		u.SetReadDeadline(time.Now().Add(5 * time.Second))
+		u.SetReadDeadline(time.Now().Add(patience))
 		_, err = u.Read(make([]byte, 10))
 		wantErrno("UDP to a closed port", err, syscall.ECONNREFUSED)
 		u.Close()
@@ -255,7 +255,7 @@ func TestListenForms(t *testing.T) {
 			continue
 		}
 		for _, host := range c.reach {
-			conn, err := a.Dial(within(t, 5*time.Second), "tcp", net.JoinHostPort(host, "80"))
+			conn, err := a.Dial(within(t, patience), "tcp", net.JoinHostPort(host, "80"))
 			if err != nil {
 				t.Errorf("%s %s: %v", c.network, c.listen, err)
 				continue
@@ -274,7 +274,7 @@ func TestListenForms(t *testing.T) {
 			s.Close()
 		}
 		for _, host := range c.refused {
-			if _, err := a.Dial(within(t, 5*time.Second), "tcp", net.JoinHostPort(host, "80")); !errors.Is(err, syscall.ECONNREFUSED) {
+			if _, err := a.Dial(within(t, patience), "tcp", net.JoinHostPort(host, "80")); !errors.Is(err, syscall.ECONNREFUSED) {
 				t.Errorf("%s %s: %s: %v, want ECONNREFUSED", c.network, c.listen, host, err)
 			}
 		}
@@ -302,7 +302,7 @@ func TestUDP(t *testing.T) {
 					t.Fatalf("%s: Write of %d: %d, %v", host, size, n, err)
 				}
 				buf := make([]byte, 65536)
-				s.SetReadDeadline(time.Now().Add(5 * time.Second))
+				s.SetReadDeadline(time.Now().Add(patience))
 				n, from, err := s.ReadFrom(buf)
 				if err != nil || !bytes.Equal(buf[:n], sent) {
 					t.Fatalf("%s: %d of %d bytes arrived, %v", host, n, size, err)
@@ -313,7 +313,7 @@ func TestUDP(t *testing.T) {
 				if _, err := s.WriteTo(sent[:size/2], from); err != nil {
 					t.Fatal(err)
 				}
-				c.SetReadDeadline(time.Now().Add(5 * time.Second))
+				c.SetReadDeadline(time.Now().Add(patience))
 				if n, err = c.Read(buf); err != nil || !bytes.Equal(buf[:n], sent[:size/2]) {
 					t.Fatalf("%s: answer %d of %d bytes, %v", host, n, size/2, err)
 				}

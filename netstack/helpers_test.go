@@ -62,7 +62,7 @@ func pair(t testing.TB, change func(a, b *Config)) (a, b *Node) {
 		Endpoint: b.LocalAddrs()[0].String(),
 	})
 	a = start(t, ca)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if err := a.WaitEstablished(ctx, b.PublicKey()); err != nil {
 		t.Fatal(err)

@@ -138,7 +138,7 @@ func TestThousandPeers(t *testing.T) {
 	}
 	took := time.Since(begin)
 	// The handshakes let go of what they held.
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(patience)
 	for n.Status().Tunnel.HalfOpen > 0 && time.Now().Before(deadline) {
 		time.Sleep(50 * time.Millisecond)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -156,6 +157,32 @@ func (w *routerNet) start(i int, name string, args ...string) {
 			w.t.Logf("%s: %s", name, out.String())
 		}
 	})
+}
+
+// await waits until somebody in namespace i listens on a port.
+func (w *routerNet) await(i int, network string, port uint16) {
+	w.t.Helper()
+	at := fmt.Sprintf(":%04X", port)
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		found := false
+		w.in(i, func() {
+			for _, family := range []string{network, network + "6"} { // proc_pid_net(5)
+				table, err := os.ReadFile("/proc/thread-self/net/" + family)
+				w.check(err)
+				for line := range strings.Lines(string(table)) {
+					f := strings.Fields(line)
+					// TCP_LISTEN; a UDP socket that is not connected is in TCP_CLOSE.
+					found = found || len(f) > 3 && strings.HasSuffix(f[1], at) && (f[3] == "0A" || f[3] == "07")
+				}
+			}
+		})
+		if found {
+			return
+		}
+		if time.Now().After(end) {
+			w.t.Fatalf("nobody listens on %s port %d", network, port)
+		}
+	}
 }
 
 // run runs a program in namespace i and gives its output.

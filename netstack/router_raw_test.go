@@ -271,7 +271,7 @@ func TestRouterErrors(t *testing.T) {
 		{"multicast, IPv6", udpPacket(netip.MustParseAddrPort("[ff02::fb]:5353"), 64, false, nil), own6, 0xff, 0},
 		{"unspecified", udpPacket(netip.MustParseAddrPort("0.0.0.0:53"), 64, false, nil), own4, 0xff, 0},
 	} {
-		wait := 5 * time.Second
+		wait := patience
 		if x.kind == 0xff {
 			wait = 100 * time.Millisecond
 		}
@@ -302,7 +302,7 @@ func TestRouterErrors(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		if want {
 			cancel()
-			ctx, cancel = context.WithTimeout(t.Context(), 5*time.Second)
+			ctx, cancel = context.WithTimeout(t.Context(), patience)
 		}
 		if got := c.ask(ctx, reset, ackTo(netip.MustParseAddrPort(dst))) != nil; got != want {
 			t.Errorf("%s: reset: %v, want %v", dst, got, want)

@@ -140,7 +140,7 @@ func TestRouterManyFlows(t *testing.T) {
 	}
 	talk := func(i int) bool {
 		c := conns[i]
-		c.SetDeadline(time.Now().Add(30 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		sent := randomBytes(1000)
 		got := make([]byte, len(sent))
 		if _, err := c.Write(sent); err != nil {

@@ -39,7 +39,7 @@ func routedPair(t testing.TB, change func(a, b *Config)) (a, b *Node) {
 	b = start(t, cb)
 	ca.Peers[0].Endpoint = b.LocalAddrs()[0].String()
 	a = start(t, ca)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	for x, y := range map[*Node]*Node{a: b, b: a} {
 		if err := x.WaitEstablished(ctx, y.PublicKey()); err != nil {
@@ -107,12 +107,12 @@ func TestRouterTCP(t *testing.T) {
 		c.Write(all)
 	})
 	for _, host := range []string{"203.0.113.7", "2001:db8::7"} {
-		c, err := a.Dial(within(t, 10*time.Second), "tcp", hostPort(host, at))
+		c, err := a.Dial(within(t, patience), "tcp", hostPort(host, at))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(20 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		sent := randomBytes(3 << 20)
 		go func() {
 			c.Write(sent)
@@ -231,11 +231,11 @@ func TestRouterBlackHole(t *testing.T) {
 			running = false
 		default:
 		}
-		c, err := a.Dial(within(t, 5*time.Second), "tcp", hostPort("203.0.113.1", at))
+		c, err := a.Dial(within(t, patience), "tcp", hostPort("203.0.113.1", at))
 		if err != nil {
 			t.Fatalf("after %d connections: %v", served, err)
 		}
-		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		c.Write([]byte("alive"))
 		got := make([]byte, 5)
 		if _, err := io.ReadFull(c, got); err != nil {

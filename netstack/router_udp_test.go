@@ -29,7 +29,7 @@ func TestRouterUDP(t *testing.T) {
 	_, port, _ := net.SplitHostPort(udpService(t))
 	a, b := routedPair(t, nil)
 	for _, host := range []string{"203.0.113.7", "2001:db8::7"} {
-		c, err := a.Dial(within(t, 10*time.Second), "udp", net.JoinHostPort(host, port))
+		c, err := a.Dial(within(t, patience), "udp", net.JoinHostPort(host, port))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -56,12 +56,12 @@ func TestRouterUDPPortUnreachable(t *testing.T) {
 	nobody.Close()
 	a, _ := routedPair(t, nil)
 	for _, host := range []string{"203.0.113.7", "2001:db8::7"} {
-		c, err := a.Dial(within(t, 10*time.Second), "udp", hostPort(host, at))
+		c, err := a.Dial(within(t, patience), "udp", hostPort(host, at))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(5 * time.Second))
+		c.SetDeadline(time.Now().Add(patience))
 		var got error
 		for range 2 {
 			if _, got = c.Write([]byte("anybody there?")); got == nil {
@@ -78,7 +78,7 @@ func TestRouterUDPPortUnreachable(t *testing.T) {
 func TestRouterUDPIdle(t *testing.T) {
 	_, port, _ := net.SplitHostPort(udpService(t))
 	a, b := routedPair(t, func(_, b *Config) { b.Router.Timeouts.UDPIdle = 200 * time.Millisecond })
-	c, err := a.Dial(within(t, 10*time.Second), "udp", net.JoinHostPort("203.0.113.7", port))
+	c, err := a.Dial(within(t, patience), "udp", net.JoinHostPort("203.0.113.7", port))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,12 +176,12 @@ func TestRouterUDPHook(t *testing.T) {
 			return near, nil
 		}
 	})
-	c, err := a.Dial(within(t, 10*time.Second), "udp", "203.0.113.9:9")
+	c, err := a.Dial(within(t, patience), "udp", "203.0.113.9:9")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(patience))
 	c.Write([]byte("stressed"))
 	got := make([]byte, 100)
 	if n, err := c.Read(got); err != nil || string(got[:n]) != "desserts" {
@@ -194,12 +194,12 @@ func TestRouterRemovePeer(t *testing.T) {
 	at := serveTCP(t, echoTCP)
 	_, port, _ := net.SplitHostPort(udpService(t))
 	a, b := routedPair(t, nil)
-	tcp, err := a.Dial(within(t, 10*time.Second), "tcp", hostPort("203.0.113.7", at))
+	tcp, err := a.Dial(within(t, patience), "tcp", hostPort("203.0.113.7", at))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tcp.Close()
-	udp, err := a.Dial(within(t, 10*time.Second), "udp", net.JoinHostPort("203.0.113.7", port))
+	udp, err := a.Dial(within(t, patience), "udp", net.JoinHostPort("203.0.113.7", port))
 	if err != nil {
 		t.Fatal(err)
 	}
