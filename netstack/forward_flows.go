@@ -89,8 +89,7 @@ type datagramFlow struct {
 
 	active  atomic.Bool // something was carried since sweep looked
 	silent  time.Duration
-	element *list.Element // in the peer's queue; nil when the flow is out of the table; both under table.mu
-	evicted bool
+	element *list.Element // in the peer's queue; nil when the flow is out of the table; under table.mu
 
 	socket atomic.Pointer[flowSocket]
 	cancel context.CancelFunc

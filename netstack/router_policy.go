@@ -121,7 +121,6 @@ const (
 
 var (
 	thisNetwork = netip.MustParsePrefix("0.0.0.0/8") // Linux takes all of it for itself on connect
-	loopback4   = netip.MustParsePrefix("127.0.0.0/8")
 	linkLocal4  = netip.MustParsePrefix("169.254.0.0/16")
 	linkLocal6  = netip.MustParsePrefix("fe80::/10")
 	classE      = netip.MustParsePrefix("240.0.0.0/4")

@@ -183,7 +183,7 @@ func parseICMP(t testing.TB, p []byte) (m icmpMessage, ok bool) {
 	var b []byte
 	if p[0]>>4 == 6 {
 		h := header.IPv6(p)
-		if h.TransportProtocol() != header.ICMPv6ProtocolNumber {
+		if h.NextHeader() != uint8(header.ICMPv6ProtocolNumber) {
 			return m, false
 		}
 		b = p[header.IPv6MinimumSize:]
