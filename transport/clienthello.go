@@ -55,6 +55,22 @@ func peekClientHello(datagram []byte) (hello helloInfo, ok bool) {
 	return hello, true
 }
 
+// peekCookie reads a HelloVerifyRequest (RFC 6347 4.2.1) in the first record of a datagram of
+// our own, and returns a copy of its cookie.
+func peekCookie(datagram []byte) (cookie []byte, ok bool) {
+	hdr, ok := parseRecordHeader(datagram)
+	if !ok || hdr.typ != contentHandshake || hdr.epoch != 0 {
+		return nil, false
+	}
+	h, body, _, ok := nextFragment(datagram[recordHeaderSize : recordHeaderSize+hdr.length])
+	if !ok || h.typ != typeHelloVerifyRequest || len(body) < 2 {
+		return nil, false
+	}
+	v := vectors{rest: body[2:]}
+	taken := v.short()
+	return append([]byte(nil), taken...), !v.bad && len(taken) > 0
+}
+
 // offers tells whether the hello lists the suite.
 func (h *helloInfo) offers(id CipherSuite) bool {
 	for s := h.suites; len(s) >= 2; s = s[2:] {

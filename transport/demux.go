@@ -15,7 +15,13 @@ const helloPatience = time.Second
 func (t *Transport) handshakeDatagram(at path, d []byte, known *peer) {
 	pend := t.halfOpen.get(at.remote)
 	hello, isHello := peekClientHello(d)
-	if isHello && (pend == nil || t.supersedes(pend, hello)) {
+	if isHello && (pend == nil || t.supersedes(pend, &hello)) {
+		if hello.messageSeq != 0 || pend != nil && !t.helloVerifier.isAdmitted(at.remote) {
+			// It answers a cookie for which nothing was kept; or it is to end a handshake under way with its
+			// address, which a forger shall not.
+			t.challenge(&at, &hello)
+			return
+		}
 		if pend != nil {
 			pend.abandon(t.abandonCause(pend))
 			t.halfOpen.remove(at.remote, pend)
@@ -30,8 +36,8 @@ func (t *Transport) handshakeDatagram(at path, d []byte, known *peer) {
 	case isHello && pend.random != hello.random: // too soon to start anew
 		t.drops.add(DropUnsolicited, 1)
 	default:
-		if isHello && len(hello.cookie) != 0 {
-			t.halfOpen.prove(pend)
+		if isHello && pend.echoes(&hello) {
+			t.halfOpen.prove(at.remote, pend)
 		}
 		if !pend.conn.push(d) {
 			t.drops.add(DropHandshakeQueue, 1)
@@ -42,11 +48,11 @@ func (t *Transport) handshakeDatagram(at path, d []byte, known *peer) {
 // supersedes tells whether hello takes the place of the handshake under way
 // with the same address. When both sides have called, the one with the smaller
 // key yields, so exactly one handshake goes on.
-func (t *Transport) supersedes(pend *pending, hello helloInfo) bool {
+func (t *Transport) supersedes(pend *pending, hello *helloInfo) bool {
 	if pend.callee != nil {
 		return !pend.callee.callsPrevail()
 	}
-	return pend.random != hello.random && (pend.session != nil || time.Since(pend.started) > helloPatience)
+	return pend.random != hello.random && (time.Since(pend.started) > helloPatience || t.halfOpen.isCompleted(pend))
 }
 
 func (t *Transport) abandonCause(pend *pending) error {
@@ -67,11 +73,11 @@ func (t *Transport) accept(at path, d []byte, hello helloInfo, known bool) {
 	ctx, cancel := context.WithTimeout(t.ctx, t.cfg.Timing.HandshakeTimeout)
 	ctx, abandon := context.WithCancelCause(ctx)
 	to := &path{conn: at.conn, remote: at.remote, local: at.local}
-	pend := &pending{
-		conn:    newHandshakeConn(at.conn.LocalAddr(), at.remote, func(d []byte) { t.sendDatagram(to, d) }),
-		abandon: abandon,
-		random:  hello.random,
-	}
+	pend := &pending{abandon: abandon, random: hello.random}
+	pend.conn = newHandshakeConn(at.conn.LocalAddr(), at.remote, func(d []byte) {
+		pend.sent(d)
+		t.sendDatagram(to, d)
+	})
 	pend.conn.addressVerified = proven
 	if reason, ok := t.halfOpen.addServed(at.remote, pend, known, proven); !ok {
 		t.drops.add(reason, 1)
@@ -93,7 +99,7 @@ func (t *Transport) accept(at path, d []byte, hello helloInfo, known bool) {
 	}
 }
 
-// challenge answers a hello under load, keeping nothing: a first one with a
+// challenge answers a hello, keeping nothing: a first one with a
 // cookie, one that brings the cookie back with the request to start anew, now admitted.
 func (t *Transport) challenge(at *path, hello *helloInfo) {
 	t.drops.add(DropChallenged, 1)

@@ -27,7 +27,7 @@ const (
 	DropHandshakeQueue                   // inbound: the handshake's queue was full
 	DropHalfOpen                         // inbound: too many half-open handshakes, in all or from the source
 	DropHalfOpenRate                     // inbound: hellos from unknown addresses came too fast
-	DropChallenged                       // inbound: a hello answered by a cookie, as strangers were many
+	DropChallenged                       // inbound: a hello answered by a cookie, as strangers were many or a handshake was to end for it
 	DropDevice                           // inbound: the Device did not take the packet
 	numDropReasons
 )

@@ -1,10 +1,12 @@
 package transport
 
 import (
+	"bytes"
 	"container/list"
 	"context"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -20,23 +22,46 @@ type pending struct {
 	callee  *peer // whom we call; nil when the remote called us
 	abandon context.CancelCauseFunc
 	started time.Time
-	random  [32]byte // the client's, of a handshake that we serve
-	session *session // set when complete and not yet confirmed
-	source  netip.Prefix
-	element *list.Element // in halfOpenTable.unproven, until the remote has shown that its address is no forgery
+	random  [32]byte               // the client's, of a handshake that we serve
+	cookie  atomic.Pointer[[]byte] // that pion asked the client to echo, once it has
+	source  netip.Prefix           // of a handshake that we serve
+
+	// Guarded by halfOpenTable.mu.
+	session *session      // set when complete and not yet confirmed
+	queue   *list.List    // the one of the table's that it is in
+	element *list.Element // and where
+}
+
+// sent looks at a datagram of ours to the client, for pion's cookie.
+func (p *pending) sent(d []byte) {
+	if p.cookie.Load() == nil {
+		if cookie, ok := peekCookie(d); ok {
+			p.cookie.Store(&cookie)
+		}
+	}
+}
+
+// echoes tells whether a hello brings that cookie back: its sender receives at its address.
+func (p *pending) echoes(hello *helloInfo) bool {
+	cookie := p.cookie.Load()
+	return cookie != nil && bytes.Equal(*cookie, hello.cookie)
 }
 
 // halfOpenTable is the handshakes under way, at most one per remote address,
-// bounded in all and per source. When it is full the oldest from an address that has not
-// been proven goes first: a flood of forged hellos only displaces itself.
-// Established associations are elsewhere and never touched from here.
+// bounded in all and per source. The bounds are for those that remotes have started and not
+// completed: of ours, and of those completed, there are no more than peers. When it is
+// full the oldest from an address that has not been proven goes first, as a flood of forged hellos shall
+// only displace itself; then the oldest that has, as a genuine one is done
+// in a moment. Established associations are elsewhere and never touched from here.
 type halfOpenTable struct {
 	mu        sync.Mutex
 	max       int
 	perSource int
 	m         map[netip.AddrPort]*pending
 	sources   map[netip.Prefix]int
-	unproven  *list.List // of netip.AddrPort, oldest first; served ones only
+	unproven  *list.List // of netip.AddrPort, oldest first
+	proven    *list.List // likewise, by the time of their proof
+	trusted   *list.List // likewise, from the addresses of established peers
 	limiter   *rate.Limiter
 }
 
@@ -46,6 +71,8 @@ func newHalfOpenTable(max, perSource int) *halfOpenTable {
 		m:        make(map[netip.AddrPort]*pending),
 		sources:  make(map[netip.Prefix]int),
 		unproven: list.New(),
+		proven:   list.New(),
+		trusted:  list.New(),
 		limiter:  rate.NewLimiter(helloRate, helloRate/2),
 	}
 }
@@ -107,19 +134,39 @@ func (h *halfOpenTable) addServed(remote netip.AddrPort, p *pending, known, prov
 	if !known && !proven && !h.limiter.AllowN(p.started, 1) {
 		return DropHalfOpenRate, false
 	}
-	if len(h.m) >= h.max && !h.evictLocked() {
+	if h.unproven.Len()+h.proven.Len()+h.trusted.Len() >= h.max && !h.evictLocked() {
 		return DropHalfOpen, false
 	}
 	h.m[remote] = p
 	h.sources[p.source]++
-	if !known && !proven {
-		p.element = h.unproven.PushBack(remote)
+	switch {
+	case known:
+		h.enqueueLocked(h.trusted, remote, p)
+	case proven:
+		h.enqueueLocked(h.proven, remote, p)
+	default:
+		h.enqueueLocked(h.unproven, remote, p)
 	}
 	return 0, true
 }
 
+func (h *halfOpenTable) enqueueLocked(q *list.List, remote netip.AddrPort, p *pending) {
+	h.dequeueLocked(p)
+	p.queue, p.element = q, q.PushBack(remote)
+}
+
+func (h *halfOpenTable) dequeueLocked(p *pending) {
+	if p.element != nil {
+		p.queue.Remove(p.element)
+		p.queue, p.element = nil, nil
+	}
+}
+
 func (h *halfOpenTable) evictLocked() bool {
 	oldest := h.unproven.Front()
+	if oldest == nil {
+		oldest = h.proven.Front()
+	}
 	if oldest == nil {
 		return false
 	}
@@ -131,13 +178,19 @@ func (h *halfOpenTable) evictLocked() bool {
 }
 
 // prove marks that the remote of p has answered what was sent to it.
-func (h *halfOpenTable) prove(p *pending) {
+func (h *halfOpenTable) prove(remote netip.AddrPort, p *pending) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if p.element != nil {
-		h.unproven.Remove(p.element)
-		p.element = nil
+	if p.queue == h.unproven && p.element != nil {
+		h.enqueueLocked(h.proven, remote, p)
 	}
+}
+
+// isCompleted tells whether the handshake, which we serve, is complete.
+func (h *halfOpenTable) isCompleted(p *pending) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return p.session != nil
 }
 
 // completed notes the session of a served handshake. It reports false when the
@@ -146,6 +199,7 @@ func (h *halfOpenTable) completed(remote netip.AddrPort, p *pending, s *session)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p.session = s
+	h.dequeueLocked(p)
 	return h.m[remote] == p
 }
 
@@ -174,8 +228,5 @@ func (h *halfOpenTable) removeLocked(remote netip.AddrPort, p *pending) {
 			delete(h.sources, p.source)
 		}
 	}
-	if p.element != nil {
-		h.unproven.Remove(p.element)
-		p.element = nil
-	}
+	h.dequeueLocked(p)
 }
