@@ -101,8 +101,8 @@ func (p *peer) confirmingLocked(now int64, after *actions) (due int64) {
 	}
 	if s.current == nil && time.Since(a.born) >= confirmPatience {
 		p.lastInbound.Store(now)
-		waiting, _ := p.promoteLocked(a)
-		after.add(func() { p.t.sendWaiting(a, waiting); p.t.reportMTU() })
+		waiting := p.promoteLocked(a)
+		after.add(func() { p.t.sendWaiting(a, waiting) })
 		return never
 	}
 	due = now + int64(confirmPatience)
@@ -134,8 +134,7 @@ func (p *peer) livenessLocked(now int64, after *actions) (due int64) {
 			p.dpd.asked = now
 			p.askLocked(a, now, 0, after)
 			again = now + int64(tm.DPD/4)
-			// Small requests may pass where full packets do not: look at the path too.
-			p.mtu.suspect(now)
+			p.checkPathLocked(now, 0) // small requests may pass where full packets do not
 		}
 		due = again
 	}
@@ -170,19 +169,37 @@ func (p *peer) answered(body []byte) {
 	sent := int64(binary.BigEndian.Uint64(body))
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if sent > 0 && sent <= now {
-		p.rtt = time.Duration(now - sent)
+	if sent <= 0 || sent > now {
+		return // a stranger's, too
 	}
-	p.mtu.answered(len(body), now)
-	p.wakeLocked()
+	p.rtt = time.Duration(now - sent)
+	if p.mtu.answered(len(body), sent, now) {
+		p.wakeLocked()
+	}
+}
+
+// checkPathLocked has the path proved again that it carries the packets in use, if
+// any have left since the last time and that is pause ago.
+func (p *peer) checkPathLocked(now int64, pause time.Duration) {
+	packets := p.out.packets.Load()
+	if packets == p.checked.packets || now-p.checked.at < int64(pause) {
+		return
+	}
+	p.checked.packets, p.checked.at = packets, now
+	p.mtu.suspect(now)
 }
 
 // mtuLocked moves the search for the path MTU on.
 func (p *peer) mtuLocked(now int64, after *actions) (due int64) {
 	a := p.slots.Load().current
+	if counted := a != nil; counted != p.mtuCounted {
+		p.mtuCounted = counted
+		after.add(p.t.reportMTU)
+	}
 	if a == nil {
 		return never
 	}
+	p.checkPathLocked(now, mtuCheck)
 	due = p.mtu.step(now, p.rtt, func(size int) { p.askLocked(a, now, size, after) })
 	if inner := int32(p.mtu.inner()); inner != p.innerMTU.Load() {
 		p.t.log.Info("path MTU", "peer", p.name, "inner", inner)

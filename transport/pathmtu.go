@@ -8,6 +8,11 @@ import "time"
 // stay unanswered; then a ladder of sizes is sent at once, and again between the
 // largest answered and the smallest unanswered one, until the step is small.
 //
+// Silence alone proves nothing about sizes: every send has the smallest request beside
+// it, and a round counts only if something of its last send was answered. On a
+// new path nothing but that request leaves before it is answered, so that who
+// sends us small records from a false address cannot draw large ones there.
+//
 // It is a plain state machine: time comes in, probes go out through a function.
 // The owner guards it.
 type pathMTU struct {
@@ -18,7 +23,14 @@ type pathMTU struct {
 
 	round []mtuProbe // under way
 	sends int        // times this round was sent
+	tries int        // times it will be
 	due   int64      // next send, or the end of the round; never when settled
+	raise int64      // when a path found small is tried again; 0: not set
+
+	since   int64 // when the path was new; what was asked before does not count
+	contact bool  // something was answered on this path, and lately
+	heard   bool  // something of the last send was
+	silent  int   // rounds in a row that ended in silence
 }
 
 type mtuProbe struct {
@@ -36,6 +48,16 @@ const (
 	mtuLadder = 8
 	// mtuSends is how often an unanswered size is tried (MAX_PROBES, RFC 8899 5.1.2).
 	mtuSends = 3
+	// mtuCheckSends is the same for the size in use, which is checked again and again: with a fifth of
+	// the exchanges lost, a wrong verdict comes once in 3,000 checks.
+	mtuCheckSends = 5
+	// mtuCheck is the pause between two checks of the size in use while packets leave
+	// (CONFIRMATION_TIMER, RFC 8899 5.1.1): a path that has become smaller says nothing by itself, and small packets
+	// inbound may go on.
+	mtuCheck = 15 * time.Second
+	// mtuPause is how long a search rests that has met with silence, doubling up to mtuPauseMax.
+	mtuPause    = time.Second
+	mtuPauseMax = time.Minute
 	// mtuRaise is when a path that was found small is tried again (PMTU_RAISE_TIMER, RFC 8899 5.1.1).
 	mtuRaise = 10 * time.Minute
 )
@@ -52,7 +74,8 @@ func (m *pathMTU) restart(now int64) {
 	use := m.use
 	m.init(m.max)
 	m.use = use // until proven otherwise
-	m.begin(now, m.max)
+	m.since = now
+	m.begin(now, mtuSends, m.max)
 }
 
 // suspect checks that the path still carries what is in use.
@@ -61,7 +84,7 @@ func (m *pathMTU) suspect(now int64) {
 		return
 	}
 	m.good = min(minInnerMTU, m.max)
-	m.begin(now, m.use)
+	m.begin(now, mtuCheckSends, m.use)
 }
 
 // refused is told that the system does not send packets of this size at all.
@@ -80,12 +103,12 @@ func (m *pathMTU) refused(size int, now int64) bool {
 
 func (m *pathMTU) searching() bool { return len(m.round) != 0 }
 
-func (m *pathMTU) begin(now int64, sizes ...int) {
+func (m *pathMTU) begin(now int64, tries int, sizes ...int) {
 	m.round = m.round[:0]
 	for _, s := range sizes {
 		m.round = append(m.round, mtuProbe{size: s})
 	}
-	m.sends, m.due = 0, now
+	m.sends, m.tries, m.due = 0, tries, now
 }
 
 func (m *pathMTU) beginLadder(now int64) {
@@ -98,11 +121,20 @@ func (m *pathMTU) beginLadder(now int64) {
 			m.round = append(m.round, mtuProbe{size: size})
 		}
 	}
-	m.sends, m.due = 0, now
+	m.sends, m.tries, m.due = 0, mtuSends, now
 }
 
-// answered takes the echo of a probe; step publishes what it proves.
-func (m *pathMTU) answered(size int, now int64) {
+// answered takes the echo of a request of this size made at sent; step publishes what it
+// proves. It reports whether step has something to do now.
+func (m *pathMTU) answered(size int, sent, now int64) bool {
+	if sent < m.since {
+		return false
+	}
+	m.heard, m.silent = true, 0
+	if !m.contact {
+		m.contact = true
+		m.sends, m.due = 0, min(m.due, now)
+	}
 	largest := true
 	for i := range m.round {
 		if m.round[i].size == size {
@@ -116,6 +148,7 @@ func (m *pathMTU) answered(size int, now int64) {
 	if m.searching() && largest {
 		m.due = now // no need to wait out the round
 	}
+	return m.due <= now
 }
 
 // step sends probes that are due through ask and returns when it wants to be
@@ -125,25 +158,42 @@ func (m *pathMTU) step(now int64, rtt time.Duration, ask func(size int)) (due in
 		return m.due
 	}
 	if !m.searching() { // the raise timer
-		m.bad = m.max + 1
-		m.begin(now, m.max)
+		m.bad, m.raise = m.max+1, 0
+		m.begin(now, mtuSends, m.max)
 	}
 	open := false
 	for _, p := range m.round {
 		open = open || !p.answered
 	}
-	if open && m.sends < mtuSends {
+	switch {
+	case !open:
+		m.concludeRound(now)
+	case m.sends < m.tries:
+		m.heard = false
+		ask(0)
 		for _, p := range m.round {
-			if !p.answered {
+			if m.contact && !p.answered {
 				ask(p.size)
 			}
 		}
 		m.sends++
 		m.due = now + int64(min(max(2*rtt+50*time.Millisecond, 150*time.Millisecond), 2*time.Second))
-		return m.due
+	case m.heard:
+		m.concludeRound(now)
+	default:
+		m.rest(now)
 	}
-	m.concludeRound(now)
 	return max(m.due, now)
+}
+
+// rest puts off a round that nobody has heard. It begins again with the first answer.
+func (m *pathMTU) rest(now int64) {
+	m.contact = false
+	m.sends, m.due = 0, now+int64(min(mtuPause<<min(m.silent, 10), mtuPauseMax))
+	m.silent++
+	if m.use >= m.bad { // this much the system has said, whether anybody answers or not
+		m.use = m.good
+	}
 }
 
 // concludeRound takes what the round has shown: the unanswered sizes above the
@@ -159,7 +209,10 @@ func (m *pathMTU) concludeRound(now int64) {
 		m.use = min(m.good, m.max)
 		m.due = never
 		if m.use < m.max {
-			m.due = now + int64(mtuRaise)
+			if m.raise == 0 { // a check does not put it off
+				m.raise = now + int64(mtuRaise)
+			}
+			m.due = m.raise
 		}
 		return
 	}

@@ -40,6 +40,12 @@ type peer struct {
 	waiting       waitingRoom
 	dpd           dpd
 	mtu           pathMTU
+	mtuCounted    bool // in what reportMTU was last told
+	checked       struct {
+		packets uint64 // outbound, when the path was last checked
+		at      int64  // clock reading of that
+	}
+	movedLogged int64 // clock reading of the last line about roaming
 }
 
 // traffic counts packets one way.
@@ -171,23 +177,23 @@ func (p *peer) callsPrevail() bool { return bytes.Compare(p.t.public[:], p.key[:
 func (p *peer) confirm(a *association) {
 	p.mu.Lock()
 	p.retireLocked(a)
-	waiting, promoted := p.promoteLocked(a)
+	waiting := p.promoteLocked(a)
 	p.mu.Unlock()
 	p.t.sendWaiting(a, waiting)
-	if promoted {
-		p.t.reportMTU()
-	}
 }
 
 // promoteLocked makes next the one that seals. It returns what has waited for
 // it, for the caller to send once mu is released.
-func (p *peer) promoteLocked(a *association) (waiting [][]byte, promoted bool) {
+func (p *peer) promoteLocked(a *association) (waiting [][]byte) {
 	s := p.slots.Load()
 	if s.next != a || p.stopped {
-		return nil, false
+		return nil
 	}
 	if s.previous != nil {
 		p.retireLocked(s.previous)
+	}
+	if s.current != nil { // may have been silent for long: what is under way gets its Overlap from now
+		s.current.lastInbound.Store(p.t.clock.now())
 	}
 	p.setSlotsLocked(&slots{current: a, previous: s.current})
 	p.attempts, p.lastErr = 0, nil
@@ -200,7 +206,7 @@ func (p *peer) promoteLocked(a *association) (waiting [][]byte, promoted bool) {
 	}
 	p.t.log.Info("peer established", "peer", p.name, "remote", at.remote, "suite", a.suite, "rekey", s.current != nil)
 	p.wakeLocked()
-	return p.waiting.take(), true
+	return p.waiting.take()
 }
 
 // retireLocked ends what is left of a's handshake: pion, and the place in the
@@ -253,8 +259,12 @@ func (p *peer) roam(a *association, to *path) {
 	p.claimLocked(to.remote)
 	p.setSlotsLocked(p.slots.Load())
 	p.roamings.Add(1)
-	p.mtu.restart(p.t.clock.now())
-	p.t.log.Info("peer moved", "peer", p.name, "from", from.remote, "to", to.remote)
+	now := p.t.clock.now()
+	p.mtu.restart(now)
+	if now-p.movedLogged >= int64(time.Second) || p.movedLogged == 0 { // a peer can move with every record
+		p.movedLogged = now
+		p.t.log.Info("peer moved", "peer", p.name, "from", from.remote, "to", to.remote)
+	}
 	p.wakeLocked()
 }
 

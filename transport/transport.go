@@ -270,7 +270,7 @@ func (t *Transport) socketFor(remote netip.AddrPort) PacketConn {
 	return nil
 }
 
-// reportMTU tells the owner when the smallest inner MTU over all peers has
+// reportMTU tells the owner when the smallest inner MTU over all established peers has
 // changed. It must not be called with a peer's mu held.
 func (t *Transport) reportMTU() {
 	if t.cfg.PathMTUChanged == nil {
@@ -279,9 +279,13 @@ func (t *Transport) reportMTU() {
 	t.mtuMu.Lock()
 	defer t.mtuMu.Unlock()
 	smallest := t.cfg.InnerMTU
-	for _, p := range t.sortedPeers() {
-		smallest = min(smallest, int(p.innerMTU.Load()))
+	t.mu.Lock()
+	for _, p := range t.peers {
+		if p.slots.Load().current != nil {
+			smallest = min(smallest, int(p.innerMTU.Load()))
+		}
 	}
+	t.mu.Unlock()
 	if smallest != t.smallest {
 		t.smallest = smallest
 		t.cfg.PathMTUChanged(smallest)
