@@ -79,13 +79,17 @@ func TestInstallAgreesOnOneOfTwo(t *testing.T) {
 
 // A peer that sends from another peer's address takes nothing from it.
 func TestTwoPeersAtOneAddress(t *testing.T) {
-	net, a, b, ca, _ := pair(t, Timing{})
+	net, a, b, _, _ := pair(t, Timing{})
 	c := newTestNode(t, "10.0.0.3", Timing{}, net.listen("192.0.2.3:3000"))
 	for _, n := range []*testNode{a, c} {
 		b.knows(t, n, "")
 		n.knows(t, b, "192.0.2.2:2000")
 		ping(t, n, b)
 	}
+	for i := range uint32(50) { // a's sequence numbers are ahead of c's, so c's look like replays
+		a.dev.outbound <- a.packet(b.addr, i, 60)
+	}
+	eventually(t, "they are there", func() bool { return b.Status().Peers[0].InboundPackets >= 50 })
 	// c's packets come from a's address from now on.
 	home, other := netip.MustParseAddrPort("192.0.2.1:1000"), netip.MustParseAddrPort("192.0.2.3:3000")
 	net.setPass(func(from, to netip.AddrPort, d []byte) bool {
@@ -111,9 +115,8 @@ func TestTwoPeersAtOneAddress(t *testing.T) {
 		src, _ := source(<-b.dev.inbound)
 		from[src]++
 	}
-	// The first of a change of sender is lost: it was tried with the other's keys, in place.
-	if from[a.addr] < each-1 || from[c.addr] < each-1 {
+	// The first of a newcomer is lost: it was tried with the other's keys, in place.
+	if from[a.addr] < each-1 || from[c.addr] < each-2 {
 		t.Errorf("of %d packets each, b took %v", each, from)
 	}
-	_ = ca
 }

@@ -28,6 +28,9 @@ const (
 	// sharedRate bounds the records, per second, for which it is asked who else lives at an
 	// address where a peer is known: some 10 µs each with 1,000 peers.
 	sharedRate = 5000
+	// newcomerRate bounds how many records a second that look like replays at a known address take of
+	// searchRate.
+	newcomerRate = 10
 	// doubtTime is how long records from an address are looked at with care after one
 	// that was not of the peer known there: a copy each, and another peer may have sent it.
 	doubtTime = time.Second
@@ -53,15 +56,16 @@ func (t *Transport) inboundPump(conn PacketConn) {
 
 // inbound is a pump's scratch.
 type inbound struct {
-	t       *Transport
-	conn    PacketConn
-	packets [][]byte // for Device.Write; slices of the receive buffers
-	scratch cryptoScratch
-	second  []byte // a record's copy, for a second try
-	trials  *rate.Limiter
-	search  *rate.Limiter
-	shared  *rate.Limiter
-	now     int64
+	t         *Transport
+	conn      PacketConn
+	packets   [][]byte // for Device.Write; slices of the receive buffers
+	scratch   cryptoScratch
+	second    []byte // a record's copy, for a second try
+	trials    *rate.Limiter
+	search    *rate.Limiter
+	shared    *rate.Limiter
+	newcomers *rate.Limiter
+	now       int64
 
 	doubt   netip.AddrPort // an address from where a record came that was not of the peer known there
 	doubted int64          // clock reading of that
@@ -80,11 +84,12 @@ type inbound struct {
 func newInbound(t *Transport, conn PacketConn) *inbound {
 	in := &inbound{
 		t: t, conn: conn,
-		packets: make([][]byte, 0, receiveBatch*MaxRunSegments),
-		second:  make([]byte, receiveBuffer),
-		trials:  rate.NewLimiter(trialRate, trialRate/10),
-		search:  rate.NewLimiter(searchRate, searchRate/5),
-		shared:  rate.NewLimiter(sharedRate, sharedRate/10),
+		packets:   make([][]byte, 0, receiveBatch*MaxRunSegments),
+		second:    make([]byte, receiveBuffer),
+		trials:    rate.NewLimiter(trialRate, trialRate/10),
+		search:    rate.NewLimiter(searchRate, searchRate/5),
+		shared:    rate.NewLimiter(sharedRate, sharedRate/10),
+		newcomers: rate.NewLimiter(newcomerRate, newcomerRate),
 	}
 	return in
 }
@@ -220,8 +225,10 @@ func (in *inbound) protected(p *peer, at path, hdr recordHeader, record []byte) 
 		}
 		worst = max(worst, got)
 	}
-	if doubt && in.shared.AllowN(time.Now(), 1) {
-		if _, ok := in.find(p, worst == forged, at, hdr, record); ok {
+	if now := time.Now(); doubt && in.shared.AllowN(now, 1) {
+		// What looks like a replay mostly is one, but may be a newcomer's with small numbers.
+		wide := worst == forged || in.newcomers.AllowN(now, 1)
+		if _, ok := in.find(p, wide, at, hdr, record); ok {
 			return
 		}
 	}
