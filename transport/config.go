@@ -19,7 +19,7 @@ type Config struct {
 	// nil drops such packets, counted.
 	TooBig func(packet []byte, mtu int)
 	// PathMTUChanged is called, never from a pump, when the smallest inner MTU over all
-	// established peers has changed. nil is allowed.
+	// established peers has changed. It must not call Close, which waits for it. nil is allowed.
 	PathMTUChanged func(innerMTU int)
 
 	// InnerMTU is the largest packet the Device will give, in bytes; 0 means
@@ -60,7 +60,7 @@ type Timing struct {
 	DPDTimeout        time.Duration // silence after which the peer is called anew; 30 s
 	Keepalive         time.Duration // idle time after which a NAT is kept open; 25 s, negative never
 	RekeyAfter        time.Duration // age of an association at which it is replaced; 1 h
-	RekeyAfterRecords uint64        // records outbound after which it is; 2^28, RFC 8446 5.5
+	RekeyAfterRecords uint64        // records outbound after which it is; 2^28, RFC 8446 5.5; at most 2^30
 	Overlap           time.Duration // silence after which a replaced association is forgotten; 30 s
 }
 

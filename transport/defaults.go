@@ -31,9 +31,6 @@ func (c *Config) setDefaults() {
 	setDefault(&c.InnerMTU, DefaultInnerMTU)
 	setDefault(&c.MaxHalfOpen, defaultMaxHalfOpen)
 	setDefault(&c.MaxHalfOpenPerSource, defaultMaxHalfOpenPerSource)
-	if c.ResolveEndpoint == nil {
-		c.ResolveEndpoint = resolveEndpoint
-	}
 	if len(c.CipherSuites) == 0 {
 		c.CipherSuites = defaultSuites()
 	}
@@ -48,6 +45,7 @@ func (c *Config) setDefaults() {
 	setDefault(&tm.RekeyAfter, defaultRekeyAfter)
 	setDefault(&tm.RekeyAfterRecords, defaultRekeyAfterRecords)
 	setDefault(&tm.Overlap, defaultOverlap)
+	tm.RekeyAfterRecords = min(tm.RekeyAfterRecords, maxRecords/2) // sealing stops at maxRecords: leave time for the rekey
 }
 
 func setDefault[T comparable](v *T, d T) {

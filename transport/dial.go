@@ -11,14 +11,39 @@ import (
 	"time"
 )
 
+// resolve turns an endpoint into addresses as datagrams inbound have them. It returns when ctx
+// ends, even if Config.ResolveEndpoint does not.
+func (t *Transport) resolve(ctx context.Context, endpoint string) ([]netip.AddrPort, error) {
+	if t.cfg.ResolveEndpoint == nil {
+		return resolveEndpoint(ctx, endpoint)
+	}
+	var remotes []netip.AddrPort
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		remotes, err = t.cfg.ResolveEndpoint(endpoint)
+	}()
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-done:
+	}
+	plain := make([]netip.AddrPort, len(remotes))
+	for i, r := range remotes {
+		plain[i] = netip.AddrPortFrom(namedZone(r.Addr().Unmap()), r.Port())
+	}
+	return plain, err
+}
+
 // resolveEndpoint is the default of Config.ResolveEndpoint: the system's
 // resolver, all addresses.
-func resolveEndpoint(endpoint string) ([]netip.AddrPort, error) {
+func resolveEndpoint(ctx context.Context, endpoint string) ([]netip.AddrPort, error) {
 	host, port, err := net.SplitHostPort(endpoint)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	portNumber, err := net.DefaultResolver.LookupPort(ctx, "udp", port)
 	if err != nil {
@@ -46,41 +71,51 @@ func namedZone(ip netip.Addr) netip.Addr {
 	return ip
 }
 
-// startDial runs a handshake with p in a goroutine of its own.
+// startDial runs a handshake with p in a goroutine of its own, until p stops.
 func (t *Transport) startDial(p *peer) {
-	t.spawn(func() { p.dialDone(t.dial(p)) })
+	ctx, hangUp := context.WithCancel(t.ctx)
+	p.mu.Lock()
+	p.hangUp = hangUp
+	stopped := p.stopped
+	p.mu.Unlock()
+	if stopped || !t.spawn(func() {
+		defer hangUp()
+		p.dialDone(t.dial(ctx, p))
+	}) {
+		hangUp()
+	}
 }
 
 // dial tries p's addresses one after the other. An endpoint's name is resolved
 // anew each time; for a rekey the address where the peer is comes first.
-func (t *Transport) dial(p *peer) error {
-	remotes, err := t.dialTargets(p)
+func (t *Transport) dial(ctx context.Context, p *peer) error {
+	remotes, err := t.dialTargets(ctx, p)
 	if err != nil {
 		return err
 	}
 	patience := t.cfg.Timing.HandshakeTimeout / time.Duration(min(len(remotes), 3))
 	var errs []error
 	for _, remote := range remotes {
-		ctx, cancel := context.WithTimeout(t.ctx, patience)
-		err := t.call(ctx, p, remote)
+		attempt, cancel := context.WithTimeout(ctx, patience)
+		err := t.call(attempt, p, remote)
 		if refused := (*refusedError)(nil); errors.As(err, &refused) && refused.retry() {
 			// The peer is under load and has verified our address: once more, at once. Anybody
 			// can forge such an alert, so only once.
-			err = t.call(ctx, p, remote)
+			err = t.call(attempt, p, remote)
 		}
 		cancel()
 		if err == nil {
 			return nil
 		}
 		errs = append(errs, fmt.Errorf("%v: %w", remote, err))
-		if t.ctx.Err() != nil || errors.Is(err, errYielded) {
+		if ctx.Err() != nil || errors.Is(err, errYielded) {
 			break
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func (t *Transport) dialTargets(p *peer) ([]netip.AddrPort, error) {
+func (t *Transport) dialTargets(ctx context.Context, p *peer) ([]netip.AddrPort, error) {
 	var remotes []netip.AddrPort
 	s := p.slots.Load()
 	if a := s.newest(); a != nil {
@@ -92,7 +127,7 @@ func (t *Transport) dialTargets(p *peer) ([]netip.AddrPort, error) {
 		}
 		return remotes, nil
 	}
-	resolved, err := t.cfg.ResolveEndpoint(p.cfg.Endpoint)
+	resolved, err := t.resolve(ctx, p.cfg.Endpoint)
 	if err != nil && len(remotes) == 0 {
 		return nil, fmt.Errorf("endpoint %s: %w", p.cfg.Endpoint, err)
 	}

@@ -30,6 +30,10 @@ type dpd struct {
 // step decides what is due and arms the timer for what comes next. It is the
 // only place where a peer acts by itself.
 func (p *peer) step() {
+	if !p.t.enter() {
+		return
+	}
+	defer p.t.wg.Done()
 	p.mu.Lock()
 	if p.stopped {
 		p.mu.Unlock()
@@ -266,6 +270,9 @@ func (p *peer) dialDone(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.dialling = false
+	if p.stopped {
+		return
+	}
 	now := p.t.clock.now()
 	switch {
 	case errors.Is(err, errYielded) || errors.Is(err, errBusy): // the peer calls us

@@ -157,7 +157,7 @@ func lonePeer(t testing.TB, endpoint string) *peer {
 // A peer without an endpoint may say goodbye just when it was to be called.
 func TestDialOfAPeerThatLeft(t *testing.T) {
 	p := lonePeer(t, "")
-	if err := p.t.dial(p); !errors.Is(err, errGone) {
+	if err := p.t.dial(t.Context(), p); !errors.Is(err, errGone) {
 		t.Errorf("dial: %v", err)
 	}
 }

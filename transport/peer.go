@@ -2,6 +2,7 @@ package transport
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -31,8 +32,9 @@ type peer struct {
 	timer         *time.Timer
 	addresses     []netip.AddrPort // every entry of Transport.remotes that may be ours
 	dialling      bool
-	attempts      int   // failed handshakes in a row
-	nextDial      int64 // clock reading before which none is tried
+	hangUp        context.CancelFunc // ends the call under way; nil before the first
+	attempts      int                // failed handshakes in a row
+	nextDial      int64              // clock reading before which none is tried
 	lastErr       error
 	lastHandshake time.Time
 	handshakes    uint64
@@ -85,6 +87,9 @@ func (p *peer) stop() {
 	}
 	p.stopped = true
 	p.timer.Stop()
+	if p.hangUp != nil {
+		p.hangUp()
+	}
 	s := p.slots.Load()
 	p.setSlotsLocked(&slots{})
 	p.waiting = waitingRoom{}

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/gaissmai/bart"
 )
@@ -72,7 +73,7 @@ func newTransport(cfg Config) (*Transport, error) {
 		return nil, errors.New("transport: no socket")
 	case cfg.Device == nil:
 		return nil, errors.New("transport: no device")
-	case cfg.InnerMTU > MaxInnerMTU:
+	case cfg.InnerMTU < 0 || cfg.InnerMTU > MaxInnerMTU:
 		return nil, fmt.Errorf("transport: inner MTU %d, at most %d", cfg.InnerMTU, MaxInnerMTU)
 	}
 	cfg.setDefaults()
@@ -185,18 +186,41 @@ func (t *Transport) Close() error {
 	defer close(t.done)
 
 	t.cancel()
-	for _, p := range peers {
-		p.stop()
+	said := make(chan struct{})
+	go func() {
+		defer close(said)
+		for _, p := range peers {
+			p.stop()
+		}
+	}()
+	select {
+	case <-said:
+	case <-time.After(goodbyeTime): // a socket that takes nothing: closing it ends the wait
 	}
 	var errs []error
 	for _, c := range t.conns {
 		errs = append(errs, c.Close())
 	}
+	<-said
 	t.spawnMu.Lock()
 	t.joining = true
 	t.spawnMu.Unlock()
 	t.wg.Wait()
 	return errors.Join(errs...)
+}
+
+// goodbyeTime bounds what Close waits for goodbyes to leave.
+const goodbyeTime = time.Second
+
+// enter makes Close wait for the caller, a timer's callback, until it calls
+// wg.Done. It reports false once Close waits.
+func (t *Transport) enter() bool {
+	t.spawnMu.Lock()
+	defer t.spawnMu.Unlock()
+	if !t.joining {
+		t.wg.Add(1)
+	}
+	return !t.joining
 }
 
 // spawn runs f in a goroutine that Close waits for. It reports false, and runs
