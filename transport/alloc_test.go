@@ -194,3 +194,52 @@ func BenchmarkPumps(b *testing.B) {
 		})
 	}
 }
+
+// Whatever a peer asks by DPD, and however often, it gets the same bytes back at
+// no allocation.
+func TestDPDAllocatesNothing(t *testing.T) {
+	for _, suite := range []CipherSuite{AES128GCM, AES256GCM, ChaCha20Poly1305} {
+		t.Run(suite.String(), func(t *testing.T) {
+			o, in, sink, _ := joined(t, suite)
+			asker, back := o.t.sortedPeers()[0].slots.Load().current, newInbound(o.t, sink)
+			const n, size = 8, 900
+			msg := Inbound{Buf: make([]byte, 1<<16), Remote: netip.MustParseAddrPort("192.0.2.2:2")}
+			buf := make([]byte, headSlack+size+tagSize)
+			var scratch cryptoScratch
+			runs, asked := 0, 0
+			batch := make([]Inbound, 1)
+			round := func(typ frameType) {
+				msg.N = 0
+				for range n {
+					body := buf[headSlack : headSlack+size]
+					clear(body)
+					body[7], body[size-1] = 1, byte(runs) // asked at 1 ns, and padded
+					seq, _ := asker.reserve(1)
+					record := asker.sealFrame(buf, size, typ, seq, &scratch)
+					msg.N += copy(msg.Buf[msg.N:], record)
+					msg.SegmentSize = len(record)
+				}
+				asked = msg.N
+				batch[0] = msg
+				in.receive(batch)
+				runs++
+			}
+			round(frameDPDRequest)
+			round(frameDPDReply)
+			if allocs := testing.AllocsPerRun(100, func() { round(frameDPDReply) }); allocs != 0 {
+				t.Errorf("%v allocations for %d DPD-RESPs", allocs, n)
+			}
+			if allocs := testing.AllocsPerRun(100, func() { round(frameDPDRequest) }); allocs != 0 {
+				t.Errorf("%v allocations for %d DPD-REQs", allocs, n)
+			}
+			if len(sink.wire) != asked {
+				t.Fatalf("%d bytes asked, %d answered", asked, len(sink.wire))
+			}
+			hdr, record, _, _ := nextRecord(sink.wire)
+			plain, err := asker.opener.open(record, hdr, &back.scratch)
+			if err != nil || frameType(plain[0]) != frameDPDReply || len(plain) != 1+size || plain[size] != byte(runs-1) {
+				t.Errorf("the answer does not echo the question: %v", err)
+			}
+		})
+	}
+}

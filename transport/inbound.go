@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"encoding/binary"
 	"errors"
 	"net"
 	"net/netip"
@@ -78,7 +79,18 @@ type inbound struct {
 	lastSource netip.Addr         // last source found to be allowed
 	lastPeer   *peer              // for this peer
 	lastFrom   *bart.Table[*peer] // in this table
-	later      []func()           // what must wait until inMu is released
+
+	// What must wait until inMu is released.
+	echoes  [][]byte // records of DPD-REQs, opened; slices of the receive buffers
+	wire    []Run    // scratch of echo
+	answers []dpdAnswer
+	later   []func()
+}
+
+// dpdAnswer is a DPD-RESP: when it was asked for, by our clock, and the size of its body.
+type dpdAnswer struct {
+	sent int64
+	size int
 }
 
 func newInbound(t *Transport, conn PacketConn) *inbound {
@@ -166,10 +178,49 @@ func (in *inbound) release(at path) {
 		}
 	}
 	in.heard, in.newest = false, false
+	in.echo(a)
+	for _, r := range in.answers {
+		p.answered(r)
+	}
+	in.answers = in.answers[:0]
 	for _, do := range in.later {
 		do()
 	}
 	in.later = in.later[:0]
+}
+
+// echo answers the DPD-REQs of a's peer: the records that brought them are sealed again where
+// they lie. A peer may send as many as it likes, so this allocates nothing. No
+// answer is larger than what it answers.
+func (in *inbound) echo(a *association) {
+	if len(in.echoes) == 0 {
+		return
+	}
+	seq, ok := a.reserve(len(in.echoes))
+	if !ok {
+		in.t.drops.add(DropExhausted, len(in.echoes))
+		in.echoes = in.echoes[:0]
+		return
+	}
+	to := a.path.Load()
+	in.wire = in.wire[:0]
+	for i, record := range in.echoes {
+		record[a.sealer.headroom()] = byte(frameDPDReply)
+		a.sealer.seal(record, contentApplicationData, seq+uint64(i), &in.scratch)
+		in.wire = append(in.wire, Run{Remote: to.remote, Local: to.local, Segments: in.echoes[i : i+1 : i+1]})
+	}
+	for wire := in.wire; len(wire) > 0; {
+		n, err := to.conn.WriteBatch(wire)
+		if err == nil {
+			a.peer.lastOutbound.Store(in.now)
+			break
+		}
+		if !errors.Is(err, ErrDatagramTooBig) { // a probe that our side of the path does not carry is no loss
+			in.t.drops.add(DropSend, 1)
+		}
+		wire = wire[min(n, len(wire)-1)+1:]
+	}
+	in.echoes = in.echoes[:0]
 }
 
 func (in *inbound) datagram(p *peer, at path, d []byte) {
@@ -348,11 +399,11 @@ func (in *inbound) frame(a *association, record, plain []byte) {
 	case frameData:
 		in.packet(a.peer, record, len(body))
 	case frameDPDRequest:
-		echo := append([]byte(nil), body...)
-		in.later = append(in.later, func() { in.t.sendFrame(a, frameDPDReply, echo) })
+		in.echoes = append(in.echoes, record)
 	case frameDPDReply:
-		echo := append([]byte(nil), body...)
-		in.later = append(in.later, func() { a.peer.answered(echo) })
+		if len(body) >= dpdBodySize {
+			in.answers = append(in.answers, dpdAnswer{int64(binary.BigEndian.Uint64(body)), len(body)})
+		} // else a stranger's
 	case frameDisconnect, frameTerminate:
 		in.later = append(in.later, func() { a.peer.goodbye(a) })
 	case frameKeepalive:

@@ -165,19 +165,15 @@ func (p *peer) askLocked(a *association, now int64, size int, after *actions) {
 const dpdBodySize = 8
 
 // answered takes a DPD-RESP: the echo of a request of ours, perhaps padded.
-func (p *peer) answered(body []byte) {
-	if len(body) < dpdBodySize {
-		return // a stranger's
-	}
+func (p *peer) answered(r dpdAnswer) {
 	now := p.t.clock.now()
-	sent := int64(binary.BigEndian.Uint64(body))
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if sent <= 0 || sent > now {
-		return // a stranger's, too
+	if r.sent <= 0 || r.sent > now {
+		return // a stranger's
 	}
-	p.rtt = time.Duration(now - sent)
-	if p.mtu.answered(len(body), sent, now) {
+	p.rtt = time.Duration(now - r.sent)
+	if p.mtu.answered(r.size, r.sent, now) {
 		p.wakeLocked()
 	}
 }
