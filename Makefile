@@ -71,5 +71,9 @@ cross: ## build and vet for the other systems and for 32 bits
 		CGO_ENABLED=0 GOOS=$${system%/*} GOARCH=$${system#*/} $(GO) vet ./...; \
 	done
 
+.PHONY: long
+long: ## the tests that are shortened in the ordinary run, at full length
+	PENSTOCK_LONG=1 $(GO) test -count 1 -run 'ShortFlows' ./netstack
+
 .PHONY: check
-check: lint test race fuzz cross ## everything: lint, tests, race, fuzzing, other systems
+check: lint test long race fuzz cross ## everything: lint, tests, race, fuzzing, other systems
