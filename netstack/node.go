@@ -408,15 +408,26 @@ func (n *Node) queueEmpty() bool {
 
 // endStack waits for the stack's goroutines.
 func (n *Node) endStack() error {
+	if !endsWithin(stackTimeout, n.stack.Destroy) {
+		return errors.New("netstack: the stack did not end in time")
+	}
+	return nil
+}
+
+// endsWithin runs wait, which ends when something else has, for at most d and reports
+// whether it has ended. If not, its goroutine stays until it does.
+func endsWithin(d time.Duration, wait func()) bool {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		n.stack.Destroy()
+		wait()
 	}()
+	late := time.NewTimer(d)
+	defer late.Stop()
 	select {
 	case <-ended:
-		return nil
-	case <-time.After(stackTimeout):
-		return errors.New("netstack: the stack did not end in time")
+		return true
+	case <-late.C:
+		return false
 	}
 }

@@ -192,16 +192,7 @@ func (r *Relay) Close() error {
 	for _, f := range flows {
 		f.abort()
 	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		r.tasks.Wait()
-	}()
-	late := time.NewTimer(r.limits.closing)
-	defer late.Stop()
-	select {
-	case <-ended:
-	case <-late.C:
+	if !endsWithin(r.limits.closing, r.tasks.Wait) {
 		r.err = fmt.Errorf("netstack: %s of %s did not end within %v", r.kind, r.addr, r.limits.closing)
 	}
 	return r.err
@@ -214,11 +205,7 @@ func (r *Relay) spawn(task func()) bool {
 	if r.closed {
 		return false
 	}
-	r.tasks.Add(1)
-	go func() {
-		defer r.tasks.Done()
-		task()
-	}()
+	r.tasks.Go(task)
 	return true
 }
 

@@ -236,11 +236,7 @@ func (r *router) spawn(task func()) bool {
 	if r.closed {
 		return false
 	}
-	r.tasks.Add(1)
-	go func() {
-		defer r.tasks.Done()
-		task()
-	}()
+	r.tasks.Go(task)
 	return true
 }
 
@@ -287,18 +283,12 @@ func (r *router) Close() error {
 	for _, f := range flows {
 		f.abort()
 	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
+	ended := endsWithin(routerClosing, func() {
 		r.stack.Close() // ends handshakes
 		r.tasks.Wait()
 		r.stack.Destroy()
-	}()
-	late := time.NewTimer(routerClosing)
-	defer late.Stop()
-	select {
-	case <-ended:
-	case <-late.C:
+	})
+	if !ended {
 		r.err = fmt.Errorf("netstack: the router did not end within %v", routerClosing)
 	}
 	return r.err
