@@ -78,7 +78,7 @@ func (h *joinHead) continues(first *joinHead, seq uint32, total int) bool {
 	a, b := first.b, h.b
 	if h.l4 == header.IPv4MinimumSize {
 		// Version and TOS; flags and offset, TTL and protocol; addresses.
-		if a[0] != b[0] || be16(a, 0) != be16(b, 0) || be32(a, ip4FragOff) != be32(b, ip4FragOff) ||
+		if be16(a, 0) != be16(b, 0) || be32(a, ip4FragOff) != be32(b, ip4FragOff) ||
 			!bytes.Equal(a[ip4Src:header.IPv4MinimumSize], b[ip4Src:header.IPv4MinimumSize]) {
 			return false
 		}
@@ -121,9 +121,8 @@ func (r *Reader) join(n int) {
 	loaded := len(r.views) - len(r.seg.views)
 	for range n {
 		q := r.next()
-		h, _ := joinHeadOf(q)
-		r.appendViews(q, h.hdrLen)
-		r.seg.extend(h.payload, h.flags())
+		r.appendViews(q, r.seg.hdrLen)
+		r.seg.extend(q.Size()-r.seg.hdrLen, firstBytes(q)[r.seg.layout.l4+tcpFlags])
 		r.current = append(r.current, q)
 	}
 	r.seg.views = r.views[loaded:]
