@@ -47,12 +47,6 @@ func newSession(keys *keyPair, remote PublicKey, isClient bool, pion *dtls.Conn,
 	return s
 }
 
-// handshakeRecord gives pion a datagram with records of type handshake that came after the
-// handshake: the client repeats its Finished because it missed ours (RFC 6347
-// 4.2.4), and pion repeats the last flight. It borrows datagram and reports whether
-// there was anything in it for pion; false is to be counted.
-func (s *session) handshakeRecord(datagram []byte) bool { return s.conn.push(datagram) }
-
 // takeEarly gives the application records that came between the end of the handshake and now,
 // whole and still sealed, in order. The caller owns them. From now on none are kept.
 func (s *session) takeEarly() [][]byte { return s.conn.takeEarly() }

@@ -104,13 +104,13 @@ func TestEstablishedSessionIsQuiet(t *testing.T) {
 	forged = append(forged, make([]byte, handshakeHeaderSize)...)
 	badCCS := append(appendRecordHeader(nil, contentChangeCipherSpec, versionDTLS12, 0, 1<<30, 1), 9)
 	for _, d := range [][]byte{fatal, forged, badCCS} {
-		if server.handshakeRecord(d) {
+		if server.conn.push(d) {
 			t.Errorf("%x was taken", d)
 		}
 	}
 	// Sealed, so it may pass the door, but not the lock.
 	sealedForgery := append(appendRecordHeader(nil, contentHandshake, versionDTLS12, 1, 1<<30, 48), make([]byte, 48)...)
-	if !server.handshakeRecord(sealedForgery) {
+	if !server.conn.push(sealedForgery) {
 		t.Error("a sealed handshake record was refused")
 	}
 	time.Sleep(3 * 50 * time.Millisecond) // three flight intervals
@@ -119,7 +119,7 @@ func TestEstablishedSessionIsQuiet(t *testing.T) {
 	if n := sent.Load(); n != before {
 		t.Fatalf("%d datagrams left", n-before)
 	}
-	if server.handshakeRecord(sealedForgery) {
+	if server.conn.push(sealedForgery) {
 		t.Error("a retired session takes records")
 	}
 }
