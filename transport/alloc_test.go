@@ -75,7 +75,7 @@ func joined(t testing.TB, suite CipherSuite) (o *outbound, in *inbound, sink *si
 	}
 	sender, _ := make1("10.0.0.2/32", key)
 	receiver, _ := make1("10.0.0.1/32", key)
-	return newOutbound(sender), newInbound(receiver, sink), sink, dev
+	return newOutbound(sender, dev.BatchSize()), newInbound(receiver, sink), sink, dev
 }
 
 // fill puts n packets of size bytes from 10.0.0.1 to 10.0.0.2 where Device.Read would.

@@ -14,7 +14,10 @@ type Config struct {
 	// Device is the packet side. The caller keeps it, and closes it before the
 	// Transport, so that the outbound pump ends.
 	Device Device
-	// TooBig is called with an outbound packet that is larger than what its peer's path
+	// Readers are further streams of outbound packets, each with a pump of its own beside that of
+	// Device. The caller keeps them too, and ends them before it closes the Transport.
+	Readers []Reader
+	// TooBig is called, by any pump, with an outbound packet that is larger than what its peer's path
 	// carries, and the largest size that would pass. It borrows packet until it returns.
 	// nil drops such packets, counted.
 	TooBig func(packet []byte, mtu int)

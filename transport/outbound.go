@@ -9,12 +9,12 @@ import (
 	"github.com/gaissmai/bart"
 )
 
-// outboundPump carries packets from the Device to the peers until the Device is
+// outboundPump carries packets from r to the peers until r is
 // closed. It owns everything it touches but the peers' atomics.
-func (t *Transport) outboundPump() {
-	o := newOutbound(t)
+func (t *Transport) outboundPump(r Reader) {
+	o := newOutbound(t, r.BatchSize())
 	for {
-		n, err := t.cfg.Device.Read(o.bufs, o.sizes, headSlack)
+		n, err := r.Read(o.bufs, o.sizes, headSlack)
 		if n > 0 {
 			o.batch(n)
 		}
@@ -65,8 +65,7 @@ type outboundRun struct {
 	inner int // bytes of packets
 }
 
-func newOutbound(t *Transport) *outbound {
-	n := t.cfg.Device.BatchSize()
+func newOutbound(t *Transport, n int) *outbound {
 	stride := t.cfg.InnerMTU + maxRecordOverhead
 	arena := make([]byte, n*stride)
 	o := &outbound{

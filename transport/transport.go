@@ -16,7 +16,7 @@ import (
 )
 
 // A Transport carries packets between a [Device] and peers. Its goroutines are
-// the outbound pump, one inbound pump per socket, and one for every handshake
+// one outbound pump per stream of packets, one inbound pump per socket, and one for every handshake
 // under way; a peer at rest has a timer and no goroutine.
 type Transport struct {
 	cfg           Config
@@ -58,7 +58,9 @@ func New(cfg Config) (*Transport, error) {
 		}
 		return nil, err
 	}
-	t.wg.Go(t.outboundPump)
+	for _, r := range append([]Reader{cfg.Device}, cfg.Readers...) {
+		t.wg.Go(func() { t.outboundPump(r) })
+	}
 	for _, c := range t.conns {
 		t.wg.Go(func() { t.inboundPump(c) })
 	}
