@@ -85,7 +85,7 @@ func TestDeviceErrorsAreCountedAndSlow(t *testing.T) {
 		}
 		defer tr.cancel()
 		began := time.Now()
-		tr.outboundPump()
+		tr.outboundPump(tr.cfg.Device)
 		if took := time.Since(began); took < time.Second {
 			t.Errorf("1000 errors in %v: the pump burns a core", took)
 		}
