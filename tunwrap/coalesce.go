@@ -8,9 +8,9 @@ import (
 )
 
 // A coalescer finds, within one batch of inbound packets, the neighbours of each TCP
-// flow that make one superpacket together. Packets of other flows in between do not
-// matter; order within a flow is kept. UDP is not coalesced: the stack has no use for a
-// run of datagrams.
+// flow that make one superpacket together, and those of UDP flows if it is told to: the kernel
+// passes a run of datagrams on whole, gVisor's stack has no use for one. Packets of other flows in
+// between do not matter; order within a flow is kept.
 //
 // Two packets are neighbours when splitting the result would give them back. That is the rule
 // of Linux (tcp_gro_receive, inet_gro_receive, ipv6_gro_receive, 6.18), in short:
@@ -22,9 +22,14 @@ import (
 // ignored. ACK numbers must be equal because an ACK more tells the sender more, even
 // about loss.
 //
+// Of UDP (udp_gro_receive_segment), datagrams are neighbours that have a checksum, equal IP headers
+// and a payload no longer than the first one's; a shorter one ends the run, and so does the 64th.
+//
 // All scratch is kept from batch to batch, so a coalescer in steady state allocates
 // nothing. It is for one goroutine.
 type coalescer struct {
+	udp bool // UDP too
+
 	packets []member
 	groups  []group
 
@@ -34,6 +39,14 @@ type coalescer struct {
 	slots []slot
 	epoch uint32
 }
+
+// maxUDPMembers is UDP_GRO_CNT_MAX (net/ipv4/udp_offload.c), and what a kernel before 6.9 takes of a
+// socket (UDP_MAX_SEGMENTS). maxMembers bounds what becomes one system call: each
+// member is a vector in it, of which Linux takes 1024 (UIO_MAXIOV).
+const (
+	maxUDPMembers = 64
+	maxMembers    = 1000
+)
 
 // A member is a packet of the batch. It borrows the packet.
 type member struct {
@@ -85,7 +98,7 @@ func (c *coalescer) end() { clear(c.packets) }
 
 // add takes in the next packet of the batch, verified and laid out as l. It borrows b until end.
 func (c *coalescer) add(b []byte, l *layout) {
-	if l.proto != protoTCP || l.fragment {
+	if l.fragment || l.proto != protoTCP && !(c.udp && l.proto == protoUDP) {
 		c.alone(b, l)
 		return
 	}
@@ -108,26 +121,37 @@ func (c *coalescer) alone(b []byte, l *layout) {
 	c.groups = append(c.groups, group{first: i, last: i, count: 1, layout: *l, total: len(b)})
 }
 
-// open makes the TCP packet b a group of its own, open if others may follow.
+// open makes the packet b a group of its own, open if others may follow.
 func (c *coalescer) open(b []byte, l *layout) {
 	c.alone(b, l)
 	g := &c.groups[len(c.groups)-1]
 	t := b[l.l4:]
-	g.hdrLen = l.l4 + int(t[tcpDataOff]>>4)*4
-	g.size = len(b) - g.hdrLen
-	flags := t[tcpFlags]
-	if g.size == 0 || flags&^(flagECE|flagCWR) != flagACK {
-		return
+	if l.proto == protoTCP {
+		g.hdrLen = l.l4 + int(t[tcpDataOff]>>4)*4
+		if t[tcpFlags]&^(flagECE|flagCWR) != flagACK {
+			return
+		}
+	} else {
+		g.hdrLen = l.l4 + header.UDPMinimumSize
+		if !wholeDatagram(t) {
+			return
+		}
 	}
-	if l.atomic || l.version == 4 && l.options {
+	g.size = len(b) - g.hdrLen
+	if g.size == 0 || g.hdrLen > maxHeader || l.atomic || l.version == 4 && l.options {
 		return
 	}
 	g.open = true
-	g.seq = binary.BigEndian.Uint32(t[tcpSeq:]) + uint32(g.size)
+	if l.proto == protoTCP {
+		g.seq = binary.BigEndian.Uint32(t[tcpSeq:]) + uint32(g.size)
+	}
 	if l.version == 4 {
 		g.id = binary.BigEndian.Uint16(b[ip4ID:]) + 1
 	}
 }
+
+// wholeDatagram reports whether the UDP datagram t has a checksum and is as long as the IP packet says.
+func wholeDatagram(t []byte) bool { return be16(t, udpChecksum) != 0 && int(be16(t, udpLen)) == len(t) }
 
 // joins reports whether b, of the same flow as g, continues it.
 func (c *coalescer) joins(g *group, b []byte, l *layout) bool {
@@ -136,27 +160,16 @@ func (c *coalescer) joins(g *group, b []byte, l *layout) bool {
 		return false
 	}
 	n := len(b) - g.hdrLen
-	if n > g.size || g.total+n > maxPacket {
+	if n > g.size || g.total+n > maxPacket || g.count == maxMembers {
 		return false
 	}
-	if l.version == 4 {
-		// Version, header length and TOS; flags and offset, TTL and protocol.
-		if be16(b, 0) != be16(f, 0) || be32(b, ip4FragOff) != be32(f, ip4FragOff) {
-			return false
-		}
-		if be16(b, ip4FragOff)&ip4FlagDF == 0 && be16(b, ip4ID) != g.id {
-			return false
-		}
-	} else {
-		// Version, traffic class and flow label; next header and hop limit.
-		if be32(b, 0) != be32(f, 0) || be16(b, ip6NextHeader) != be16(f, ip6NextHeader) {
-			return false
-		}
-		if l.options && !bytes.Equal(b[header.IPv6MinimumSize:l.l4], f[header.IPv6MinimumSize:l.l4]) {
-			return false
-		}
+	if !continuesIP(g, f, b, l) {
+		return false
 	}
 	t, u := b[l.l4:g.hdrLen], f[l.l4:g.hdrLen]
+	if l.proto == protoUDP {
+		return wholeDatagram(b[l.l4:]) && g.count < maxUDPMembers
+	}
 	if be32(t, tcpSeq) != g.seq || be32(t, tcpAck) != be32(u, tcpAck) {
 		return false
 	}
@@ -170,6 +183,23 @@ func (c *coalescer) joins(g *group, b []byte, l *layout) bool {
 	return bytes.Equal(t[header.TCPMinimumSize:], u[header.TCPMinimumSize:])
 }
 
+// continuesIP reports whether the IP headers of b, laid out as l, may follow those of g, whose first
+// member is f.
+func continuesIP(g *group, f, b []byte, l *layout) bool {
+	if l.version == 4 {
+		// Version, header length and TOS; flags and offset, TTL and protocol.
+		if be16(b, 0) != be16(f, 0) || be32(b, ip4FragOff) != be32(f, ip4FragOff) {
+			return false
+		}
+		return be16(b, ip4FragOff)&ip4FlagDF != 0 || be16(b, ip4ID) == g.id
+	}
+	// Version, traffic class and flow label; next header and hop limit.
+	if be32(b, 0) != be32(f, 0) || be16(b, ip6NextHeader) != be16(f, ip6NextHeader) {
+		return false
+	}
+	return !l.options || bytes.Equal(b[header.IPv6MinimumSize:l.l4], f[header.IPv6MinimumSize:l.l4])
+}
+
 // join appends b to g.
 func (c *coalescer) join(g *group, b []byte, l *layout) {
 	i := int32(len(c.packets))
@@ -179,13 +209,15 @@ func (c *coalescer) join(g *group, b []byte, l *layout) {
 	g.count++
 	n := len(b) - g.hdrLen
 	g.total += n
-	g.seq += uint32(n)
 	g.id++
-	g.push = b[l.l4+tcpFlags]&flagPSH != 0
+	if l.proto == protoTCP {
+		g.seq += uint32(n)
+		g.push = b[l.l4+tcpFlags]&flagPSH != 0
+	}
 	g.open = n == g.size && !g.push
 }
 
-// find gives the slot of the flow of the TCP packet b, and whether a packet of this flow
+// find gives the slot of the flow of the TCP or UDP packet b, and whether a packet of this flow
 // has been seen in this batch. If not, the slot is new and its group is to be set.
 func (c *coalescer) find(b []byte, l *layout) (s *slot, found bool) {
 	h := flowHash(b, l)
@@ -201,7 +233,7 @@ func (c *coalescer) find(b []byte, l *layout) (s *slot, found bool) {
 		}
 		g := &c.groups[s.group]
 		f := c.packets[g.first].b
-		if g.layout.version == l.version && bytes.Equal(l.addresses(b), g.layout.addresses(f)) &&
+		if g.layout.version == l.version && g.layout.proto == l.proto && bytes.Equal(l.addresses(b), g.layout.addresses(f)) &&
 			be32(b, l.l4) == be32(f, g.layout.l4) {
 			return s, true
 		}
@@ -222,27 +254,33 @@ func flowHash(b []byte, l *layout) uint32 {
 func be16(b []byte, at int) uint16 { return binary.BigEndian.Uint16(b[at:]) }
 func be32(b []byte, at int) uint32 { return binary.BigEndian.Uint32(b[at:]) }
 
-// merge makes the first member's headers those of the whole group, which has at least two
-// members, and returns what a vnet header would say about it. Lengths and the IPv4 checksum
-// are those of the superpacket, the TCP checksum is partial, PSH is the last member's.
-// The headers are overwritten in place.
-func (c *coalescer) merge(g *group) GSO {
-	b, l := c.packets[g.first].b, &g.layout
+// merge makes the headers of the first member of g, which has at least two, those of the
+// whole, in place; see [group.merge].
+func (c *coalescer) merge(g *group) GSO { return g.merge(c.packets[g.first].b) }
+
+// merge makes b, which begins with the headers of the group's first member, begin with those of
+// the whole group, and returns what a vnet header would say about it. Lengths and the IPv4 checksum
+// are those of the superpacket, the transport checksum is partial, PSH is the last member's.
+func (g *group) merge(b []byte) GSO {
+	l := &g.layout
 	l.setTotal(b, g.total)
 	t := b[l.l4:]
-	gso := GSO{
-		Type: GSOTCPv4, HdrLen: uint16(g.hdrLen), GSOSize: uint16(g.size),
-		CsumStart: uint16(l.l4), CsumOffset: tcpChecksum, NeedsCsum: true,
+	gso := GSO{HdrLen: uint16(g.hdrLen), GSOSize: uint16(g.size), CsumStart: uint16(l.l4), NeedsCsum: true}
+	if l.proto == protoUDP {
+		gso.Type, gso.CsumOffset = GSOUDPL4, udpChecksum
+		binary.BigEndian.PutUint16(t[udpLen:], uint16(g.total-l.l4))
+	} else {
+		gso.Type, gso.CsumOffset = GSOTCPv4, tcpChecksum
+		if l.version == 6 {
+			gso.Type = GSOTCPv6
+		}
+		if t[tcpFlags]&flagCWR != 0 {
+			gso.Type |= GSOECN
+		}
+		if g.push {
+			t[tcpFlags] |= flagPSH
+		}
 	}
-	if l.version == 6 {
-		gso.Type = GSOTCPv6
-	}
-	if t[tcpFlags]&flagCWR != 0 {
-		gso.Type |= GSOECN
-	}
-	if g.push {
-		t[tcpFlags] |= flagPSH
-	}
-	binary.BigEndian.PutUint16(t[tcpChecksum:], pseudoSum(b, l, g.total-l.l4))
+	binary.BigEndian.PutUint16(t[gso.CsumOffset:], pseudoSum(b, l, g.total-l.l4))
 	return gso
 }

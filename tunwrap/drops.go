@@ -35,7 +35,11 @@ const (
 	// DropICMPChecksum: the ICMP or ICMPv6 checksum is wrong.
 	DropICMPChecksum
 
-	// DropClosed: the packet was in hand when the Wrapper was closed.
+	// DropKernel: the kernel refused an inbound packet, mostly because the interface
+	// is down.
+	DropKernel
+
+	// DropClosed: the packet was in hand when the device was closed.
 	DropClosed
 
 	// NumDrops is the number of reasons, DropNone included.
@@ -54,6 +58,7 @@ var dropNames = [NumDrops]string{
 	DropUDPChecksum:   "bad UDP checksum",
 	DropUDPNoChecksum: "UDP over IPv6 without checksum",
 	DropICMPChecksum:  "bad ICMP checksum",
+	DropKernel:        "refused by the kernel",
 	DropClosed:        "closed",
 }
 

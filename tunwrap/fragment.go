@@ -11,10 +11,6 @@ import (
 // requeueFragments cuts the IPv4 packet b, which may be fragmented, into pieces of at most mtu
 // bytes and queues them at the Link. It borrows b.
 func (w *Wrapper) requeueFragments(b []byte, l *layout, mtu int) {
-	if len(b) <= mtu {
-		w.drops.add(DropTooBig) // it would come back for ever
-		return
-	}
 	if nat := w.nat.Load(); nat != nil {
 		// The fragments will pass NAT like everything that comes from the Link.
 		b = append([]byte(nil), b...)

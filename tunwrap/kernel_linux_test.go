@@ -97,8 +97,8 @@ func sysctl(t *testing.T, name, value string) {
 	}
 }
 
-// vnetHeader is struct virtio_net_hdr (linux/virtio_net.h) in the byte order of this machine.
-func vnetHeader(g GSO) []byte {
+// vnetBytes is struct virtio_net_hdr (linux/virtio_net.h) in the byte order of this machine.
+func vnetBytes(g GSO) []byte {
 	b := make([]byte, 10)
 	if g.NeedsCsum {
 		b[0] = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
@@ -196,7 +196,7 @@ func askKernel(t *testing.T, in, out int, c segmentCase, ecn bool) error {
 	if c.want == 1 { // Linux takes a single segment only as a packet without GSO
 		g.Type, g.GSOSize = GSONone, 0
 	}
-	if _, err := unix.Write(in, append(vnetHeader(g), s.partial()...)); err != nil {
+	if _, err := unix.Write(in, append(vnetBytes(g), s.partial()...)); err != nil {
 		return fmt.Errorf("write: %w", err)
 	}
 	kernel, err := receive(out, s.dst, c.want)

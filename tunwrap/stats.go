@@ -2,7 +2,7 @@ package tunwrap
 
 import "sync/atomic"
 
-// Stats are what a [Wrapper] has carried since it was made. Bytes are those of IP packets,
+// Stats are what a [Wrapper] or [TUN] has carried since it was made. Bytes are those of IP packets,
 // headers included.
 type Stats struct {
 	Outbound OutboundStats
@@ -57,4 +57,23 @@ func (c *inboundCounters) add(n *inboundCounts) {
 	c.bytes.Add(n.bytes)
 	c.packets.Add(n.packets)
 	c.superpackets.Add(n.superpackets)
+}
+
+func loadStats(out *outboundCounters, in *inboundCounters, t *tooBig) Stats {
+	return Stats{
+		Outbound: OutboundStats{
+			Packets:      out.packets.Load(),
+			Superpackets: out.superpackets.Load(),
+			Segments:     out.segments.Load(),
+			Bytes:        out.bytes.Load(),
+		},
+		Inbound: InboundStats{
+			Segments:     in.segments.Load(),
+			Bytes:        in.bytes.Load(),
+			Packets:      in.packets.Load(),
+			Superpackets: in.superpackets.Load(),
+		},
+		TooBig:    t.messages.Load(),
+		Fragments: t.frags.Load(),
+	}
 }

@@ -52,6 +52,15 @@ type tooBig struct {
 
 var tooBigSeed = maphash.MakeSeed()
 
+// A tooBigSink is what stands behind a TooBig: the local stack, or the kernel.
+type tooBigSink interface {
+	// takeMessage takes b, an inbound ICMP message that is made here.
+	takeMessage(b []byte)
+	// requeueFragments cuts the IPv4 packet b, which may be fragmented, into pieces of at
+	// most mtu bytes, to come out of a later Read. It borrows b.
+	requeueFragments(b []byte, l *layout, mtu int)
+}
+
 // TooBig is for whoever has got packet from Read and finds that its path carries only
 // packets of mtu bytes. It borrows packet until it returns and may be called from any
 // goroutine; it calls Deliver or WritePackets of the Link on the caller's.
@@ -68,14 +77,23 @@ var tooBigSeed = maphash.MakeSeed()
 // reported is never below 1280 for IPv6 (RFC 8200 5) and 68 for IPv4 (RFC 791 3.2), since
 // stacks take less for an attack or, worse, at its word.
 func (w *Wrapper) TooBig(packet []byte, mtu int) {
+	w.tooBig.report(packet, mtu, w.nat.Load(), &w.drops, w)
+}
+
+// report is the TooBig of a device with these rules, counters and sink.
+func (t *tooBig) report(packet []byte, mtu int, nat *natTable, drops *dropCounters, sink tooBigSink) {
 	l, d := locate(packet, len(packet))
 	if d != DropNone {
-		w.drops.add(d)
+		drops.add(d)
 		return
 	}
 	packet = packet[:l.total]
 	if l.version == 4 && binary.BigEndian.Uint16(packet[ip4FragOff:])&ip4FlagDF == 0 {
-		w.requeueFragments(packet, &l, mtu)
+		if len(packet) <= mtu {
+			drops.add(DropTooBig) // it would come back for ever
+			return
+		}
+		sink.requeueFragments(packet, &l, mtu)
 		return
 	}
 	least := header.IPv4MinimumMTU
@@ -84,20 +102,30 @@ func (w *Wrapper) TooBig(packet []byte, mtu int) {
 	}
 	mtu = max(mtu, least)
 	if len(packet) <= mtu || !mayReport(packet, &l) {
-		w.drops.add(DropTooBig)
+		drops.add(DropTooBig)
 		return
 	}
-	if !w.tooBig.allow(packet, &l, mtu) {
-		w.drops.add(DropTooBigRate)
+	if !t.allow(packet, &l, mtu) {
+		drops.add(DropTooBigRate)
 		return
 	}
-	var pkt *stack.PacketBuffer
-	if l.version == 4 {
-		pkt = w.fragmentationNeeded(packet, mtu)
-	} else {
-		pkt = w.packetTooBig(packet, mtu)
+	m := fragmentationNeeded
+	if l.version == 6 {
+		m = packetTooBig
 	}
-	w.tooBig.messages.Add(1)
+	b := m(packet, mtu)
+	if nat != nil { // as if it had come from the peer
+		l, _ := locate(b, len(b))
+		nat.inbound(b, &l)
+	}
+	t.messages.Add(1)
+	sink.takeMessage(b)
+}
+
+// takeMessage delivers b to the Link.
+func (w *Wrapper) takeMessage(b []byte) {
+	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
+	pkt.NetworkProtocolNumber = networkProtocol(b[0] >> 4)
 	w.link.Deliver(pkt)
 }
 
@@ -145,7 +173,7 @@ func mayReport(b []byte, l *layout) bool {
 
 // fragmentationNeeded makes the ICMP message about the IPv4 packet b, as the stack will
 // see it. It borrows b.
-func (w *Wrapper) fragmentationNeeded(b []byte, mtu int) *stack.PacketBuffer {
+func fragmentationNeeded(b []byte, mtu int) []byte {
 	const hdr = header.IPv4MinimumSize + header.ICMPv4MinimumSize
 	m := make([]byte, hdr, icmp4Quote)
 	m = append(m, b[:min(len(b), icmp4Quote-hdr)]...)
@@ -163,12 +191,12 @@ func (w *Wrapper) fragmentationNeeded(b []byte, mtu int) *stack.PacketBuffer {
 	t.SetCode(header.ICMPv4FragmentationNeeded)
 	t.SetMTU(uint16(min(mtu, maxPacket)))
 	t.SetChecksum(^sumOf(t))
-	return w.asInbound(m)
+	return m
 }
 
 // packetTooBig makes the ICMPv6 message about the IPv6 packet b, as the stack will see
 // it. It borrows b.
-func (w *Wrapper) packetTooBig(b []byte, mtu int) *stack.PacketBuffer {
+func packetTooBig(b []byte, mtu int) []byte {
 	const hdr = header.IPv6MinimumSize + header.ICMPv6PacketTooBigMinimumSize
 	m := make([]byte, hdr, header.IPv6MinimumMTU)
 	m = append(m, b[:min(len(b), header.IPv6MinimumMTU-hdr)]...)
@@ -184,17 +212,5 @@ func (w *Wrapper) packetTooBig(b []byte, mtu int) *stack.PacketBuffer {
 	t.SetMTU(uint32(mtu))
 	l := layout{version: 6, proto: protoICMPv6, l4: header.IPv6MinimumSize, total: len(m)}
 	t.SetChecksum(^fold(uint32(pseudoSum(m, &l, len(t))) + uint32(sumOf(t))))
-	return w.asInbound(m)
-}
-
-// asInbound makes a packet of b as if it had come from the peer, so with NAT reversed in
-// place.
-func (w *Wrapper) asInbound(b []byte) *stack.PacketBuffer {
-	l, _ := locate(b, len(b))
-	if nat := w.nat.Load(); nat != nil {
-		nat.inbound(b, &l)
-	}
-	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
-	pkt.NetworkProtocolNumber = networkProtocol(l.version)
-	return pkt
+	return m
 }

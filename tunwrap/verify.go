@@ -25,48 +25,56 @@ func verify(b []byte) ([]byte, layout, Drop) {
 		return nil, l, d
 	}
 	b = b[:l.total]
+	if d := verifyLocated(b, &l); d != DropNone {
+		return nil, l, d
+	}
+	return b, l, DropNone
+}
+
+// verifyLocated is verify for the packet b that has been laid out as l and cut to its length.
+func verifyLocated(b []byte, l *layout) Drop {
 	if l.version == 4 && sumOf(b[:4*int(b[0]&0x0f)]) != 0xffff {
-		return nil, l, DropIPChecksum
+		return DropIPChecksum
 	}
 	if l.fragment {
-		return b, l, DropNone
+		return DropNone
 	}
 	t := b[l.l4:]
 	switch l.proto {
 	case protoTCP:
 		if len(t) < header.TCPMinimumSize {
-			return nil, l, DropMalformed
+			return DropMalformed
 		}
 		if n := int(t[tcpDataOff]>>4) * 4; n < header.TCPMinimumSize || n > len(t) {
-			return nil, l, DropMalformed
+			return DropMalformed
 		}
-		if !sumsUp(b, &l, t) {
-			return nil, l, DropTCPChecksum
+		if !sumsUp(b, l, t) {
+			return DropTCPChecksum
 		}
 	case protoUDP:
-		if d := verifyUDP(b, &l, t); d != DropNone {
-			return nil, l, d
+		if d := verifyUDP(b, l, t); d != DropNone {
+			return d
 		}
 	case protoICMP:
 		if l.version == 4 {
 			if len(t) < header.ICMPv4MinimumSize {
-				return nil, l, DropMalformed
+				return DropMalformed
 			}
 			if sumOf(t) != 0xffff {
-				return nil, l, DropICMPChecksum
+				return DropICMPChecksum
 			}
 		}
 	case protoICMPv6:
 		if l.version == 6 {
 			if len(t) < header.ICMPv6MinimumSize {
-				return nil, l, DropMalformed
+				return DropMalformed
 			}
-			if !sumsUp(b, &l, t) {
-				return nil, l, DropICMPChecksum
+			if !sumsUp(b, l, t) {
+				return DropICMPChecksum
 			}
 		}
 	}
-	return b, l, DropNone
+	return DropNone
 }
 
 func verifyUDP(b []byte, l *layout, t []byte) Drop {

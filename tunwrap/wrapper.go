@@ -198,21 +198,4 @@ func (w *Wrapper) Drops() Drops { return w.drops.load() }
 
 // Stats is what has been carried so far. The numbers of a Read or Write in progress are not yet
 // in it.
-func (w *Wrapper) Stats() Stats {
-	return Stats{
-		Outbound: OutboundStats{
-			Packets:      w.outbound.packets.Load(),
-			Superpackets: w.outbound.superpackets.Load(),
-			Segments:     w.outbound.segments.Load(),
-			Bytes:        w.outbound.bytes.Load(),
-		},
-		Inbound: InboundStats{
-			Segments:     w.inbound.segments.Load(),
-			Bytes:        w.inbound.bytes.Load(),
-			Packets:      w.inbound.packets.Load(),
-			Superpackets: w.inbound.superpackets.Load(),
-		},
-		TooBig:    w.tooBig.messages.Load(),
-		Fragments: w.tooBig.frags.Load(),
-	}
-}
+func (w *Wrapper) Stats() Stats { return loadStats(&w.outbound, &w.inbound, &w.tooBig) }

@@ -1,0 +1,121 @@
+package tunwrap
+
+// An unpacker makes packets of what the reads of a TUN with a vnet header give: plain ones are
+// left where the kernel has put them and their checksum is finished, superpackets are split.
+// It is the part of a [TUNReader] that knows no system.
+type unpacker struct {
+	header vnetHeader
+	seg    segmenter
+	views  [2][]byte
+
+	// spill is where a packet goes on that is longer than the buffer it was read to. The
+	// part before spillStart takes what of the payload in that buffer is not the first segment's.
+	spill [spillStart + maxPacket + 1]byte
+
+	counts outboundCounts
+}
+
+// spillStart is also the most of a packet that is read into a record buffer, in bytes: no record
+// holds more (RFC 5246 6.2.1).
+const spillStart = 1 << 14
+
+// direct cuts dst, a buffer for one packet, to what the kernel may write to. The rest of a packet goes
+// to rest.
+func (u *unpacker) direct(dst []byte) []byte { return dst[:min(len(dst), spillStart)] }
+
+// rest lends the room for what of a packet is beyond direct.
+func (u *unpacker) rest() []byte { return u.spill[spillStart:] }
+
+// take begins with a packet of size bytes that was read, after its header, to direct(dst) and rest.
+// A superpacket is loaded into seg, whose first segment must be written to dst before
+// anything else is written there. Any other packet is finished in dst, its length returned. It borrows dst.
+func (u *unpacker) take(dst []byte, size int, t *TUN) (written int) {
+	u.counts.packets++
+	g := u.header.get()
+	nat := t.nat.Load()
+	d := DropNone
+	if g.kind() == GSONone {
+		d = u.finish(dst, size, &g, nat)
+		if d == DropNone {
+			u.counts.segments++
+			u.counts.bytes += uint64(size)
+			return size
+		}
+	} else {
+		d = u.load(dst, size, g, nat)
+	}
+	if d != DropNone {
+		t.drops.add(d)
+	}
+	return 0
+}
+
+// finish completes the plain packet of size bytes in dst.
+func (u *unpacker) finish(dst []byte, size int, g *GSO, nat *natTable) Drop {
+	if size > len(dst) {
+		return DropOversize
+	}
+	if size > spillStart {
+		copy(dst[spillStart:], u.spill[spillStart:size])
+	}
+	b := dst[:size]
+	if g.NeedsCsum {
+		// First, because the checksum need not be that of the outer transport header: the
+		// kernel leaves that of a tunnelled packet to us too, and NAT would not find it.
+		if d := g.finishChecksum(b); d != DropNone {
+			return d
+		}
+	}
+	return finish(b, &GSO{}, nat)
+}
+
+// load begins with the superpacket of size bytes in dst and spill.
+func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable) Drop {
+	head := u.direct(dst)
+	head = head[:min(len(head), size)]
+	u.views = [2][]byte{head, u.spill[spillStart : spillStart+size-len(head)]}
+	if !g.NeedsCsum {
+		// The headers' checksum is computed anew anyway.
+		g.NeedsCsum, g.CsumStart, g.CsumOffset = true, 0, tcpChecksum
+		if g.kind() == GSOUDPL4 {
+			g.CsumOffset = udpChecksum
+		}
+	}
+	if d := u.seg.load(u.views[:], size, g); d != DropNone {
+		return d
+	}
+	if first := u.seg.segmentLen(); first < len(head) {
+		// The next segments may be written when dst is no longer ours.
+		n := len(head) - first
+		copy(u.spill[spillStart-n:], head[first:])
+		u.views = [2][]byte{head[:first], u.spill[spillStart-n : spillStart+size-len(head)]}
+		u.seg.views = u.views[:] // and at is behind the headers, which are all in head
+	}
+	if nat != nil {
+		nat.outbound(u.seg.headers(), &u.seg.layout, &u.seg.gso)
+	}
+	u.seg.prime()
+	if u.seg.left > int(u.seg.gso.GSOSize) {
+		u.counts.superpackets++
+	}
+	return DropNone
+}
+
+// split writes segments of the superpacket in seg until bufs are full, to bufs[i][offset:], their lengths to
+// sizes, and returns how many.
+func (u *unpacker) split(bufs [][]byte, sizes []int, offset int, drops *dropCounters) (n int) {
+	for u.seg.busy && n < len(bufs) {
+		size := u.seg.segmentLen()
+		if offset+size > len(bufs[n]) {
+			drops.add(DropOversize)
+			u.seg.drop()
+			continue
+		}
+		u.seg.next(bufs[n][offset:])
+		sizes[n] = size
+		u.counts.bytes += uint64(size)
+		n++
+	}
+	u.counts.segments += uint64(n)
+	return n
+}
