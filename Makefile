@@ -18,7 +18,7 @@ export FUZZTIME
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: build
 build: ## build bin/penstock, a static program
@@ -52,6 +52,10 @@ fuzz: ## every fuzz target in turn, FUZZTIME seconds in all
 .PHONY: bench
 bench: ## benchmarks: BENCH=regexp, COUNT=n
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchmem -count $(COUNT) ./...
+
+.PHONY: bench-tun
+bench-tun: ## kernel interfaces beside wireguard-go's, in namespaces (as root): PAIRS=n SPAN=seconds
+	@.ci/bench-tun
 
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck
