@@ -4,6 +4,7 @@ package tunwrap
 
 import (
 	"testing"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
@@ -14,10 +15,18 @@ func TestAllocs(t *testing.T) {
 		rule("10.0.0.1", "172.31.255.1", "10.0.0.0/24"), rule("fd00::1", "2001:db8:5::1", "fd00::/64"),
 		rule("172.31.255.2", "10.0.0.2", "10.0.0.0/24"),
 	}
-	for name, nat := range map[string][]NATRule{"no NAT": nil, "NAT": rules} {
+	for name, nat := range map[string][]NATRule{"no NAT": nil, "NAT": rules, "filter": nil} {
 		t.Run(name, func(t *testing.T) {
+			var filter *Filter
+			if name == "filter" {
+				var err error
+				if filter, err = NewFilter(FilterOptions{Rules: []FilterRule{{Direction: Outbound}, {Direction: Inbound}}}); err != nil {
+					t.Fatal(err)
+				}
+			}
 			pkts, _ := mixed()
 			w := New(&fakeLink{forever: pkts}, Options{})
+			w.SetFilter(filter)
 			if err := w.SetNAT(nat); err != nil {
 				t.Fatal(err)
 			}
@@ -36,6 +45,7 @@ func TestAllocs(t *testing.T) {
 
 			link := &fakeLink{delivered: func(*stack.PacketBuffer) {}}
 			w = New(link, Options{})
+			w.SetFilter(filter)
 			if err := w.SetNAT(nat); err != nil {
 				t.Fatal(err)
 			}
@@ -66,5 +76,55 @@ func TestAllocs(t *testing.T) {
 			}
 			w.Close()
 		})
+	}
+}
+
+// The filter allocates nothing for packets of known flows, refused packets, and new flows once the table
+// has the size that its limit gives it.
+func TestFilterAllocs(t *testing.T) {
+	f := newFilterTestOf(t, FilterOptions{Rules: tenRules(), Peers: filterPeers, Flows: 1000, FlowsPerPeer: 500})
+	known, refused := tcpOut(ack, 1, 443), tcpIn(syn, 1, 23)
+	about := icmpOf(2, 1, 3, 1, 1, quotes(known, 48)...)
+	frags := fragmentsOf(udpOut(1, 443)[1], 8, 1)
+	f.must(true, Outbound, "known", known...)
+	judge := func(want Drop, d Direction, packets ...[]byte) {
+		for _, b := range packets {
+			l, _ := locate(b, len(b))
+			if got := f.judge(b, &l, len(b), d, f.now); got != want {
+				t.Fatalf("%v, want %v", got, want)
+			}
+		}
+	}
+	for name, round := range map[string]func(){
+		"known": func() {
+			judge(DropNone, Outbound, known...)
+			judge(DropNone, Inbound, about...)
+		},
+		"refused":   func() { judge(DropFilter, Inbound, refused...) },
+		"fragments": func() { judge(DropNone, Outbound, frags...) },
+	} {
+		if n := testing.AllocsPerRun(100, round); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+
+	begin, own := tcpOut(syn, 1, 443)[0], uint16(0)
+	flood := func() { // up to the limit, then all of it ends
+		for range 1000 {
+			own++
+			begin[20], begin[21] = byte(own>>8), byte(own)
+			l, _ := locate(begin, len(begin))
+			f.judge(begin, &l, len(begin), Outbound, f.now)
+		}
+		f.wait(patienceBegun + time.Second)
+	}
+	for range 100 {
+		flood() // ever more uneven numbers of flows meet in a shard
+	}
+	if n := testing.AllocsPerRun(50, flood); n > 1 {
+		t.Errorf("%v allocations for 500 flows that begin and end", n)
+	}
+	if n := f.Stats().Rules[9].Flows; n < 50000 {
+		t.Errorf("%d flows have begun", n)
 	}
 }

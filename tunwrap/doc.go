@@ -1,5 +1,5 @@
 // Package tunwrap works on the bytes of IP packets: offload metadata,
-// segmentation, coalescing, checksums and NAT. It is the middle of the path:
+// segmentation, coalescing, checksums, NAT and a packet filter. It is the middle of the path:
 //
 //	app ─ netstack ─ linkep ─ tunwrap ─ transport ─ UDP
 //

@@ -39,6 +39,9 @@ const (
 	// is down.
 	DropKernel
 
+	// DropFilter: the Filter does not let the packet pass.
+	DropFilter
+
 	// DropClosed: the packet was in hand when the device was closed.
 	DropClosed
 
@@ -59,6 +62,7 @@ var dropNames = [NumDrops]string{
 	DropUDPNoChecksum: "UDP over IPv6 without checksum",
 	DropICMPChecksum:  "bad ICMP checksum",
 	DropKernel:        "refused by the kernel",
+	DropFilter:        "refused by the packet filter",
 	DropClosed:        "closed",
 }
 
@@ -86,6 +90,8 @@ func (d *Drops) Total() uint64 {
 type dropCounters [NumDrops]atomic.Uint64
 
 func (c *dropCounters) add(d Drop) { c[d].Add(1) }
+
+func (c *dropCounters) addN(d Drop, n int) { c[d].Add(uint64(n)) }
 
 func (c *dropCounters) load() (d Drops) {
 	for i := range c {

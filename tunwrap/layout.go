@@ -51,6 +51,8 @@ const (
 // TCP flags of byte 13 (RFC 9293 3.1, RFC 3168).
 const (
 	flagFIN = uint8(header.TCPFlagFin)
+	flagSYN = uint8(header.TCPFlagSyn)
+	flagRST = uint8(header.TCPFlagRst)
 	flagPSH = uint8(header.TCPFlagPsh)
 	flagACK = uint8(header.TCPFlagAck)
 	flagECE = uint8(header.TCPFlagEce)
@@ -81,6 +83,8 @@ type layout struct {
 	options bool
 	// atomic: there is an IPv6 fragment header, but the packet is whole (RFC 6946).
 	atomic bool
+	// frag is the offset of the first IPv6 fragment header in bytes; 0: there is none.
+	frag int
 	// l4 is the offset of the transport header in bytes.
 	l4 int
 	// total is the length of the packet in bytes according to its IP header.
@@ -162,6 +166,9 @@ func (l layout) followExtensions(b []byte) (layout, Drop) {
 				return l, DropMalformed
 			}
 			frag := binary.BigEndian.Uint16(b[l.l4+2:])
+			if l.frag == 0 {
+				l.frag = l.l4
+			}
 			l.later = l.later || frag&^7 != 0
 			l.fragment = l.fragment || frag&^6 != 0
 			l.atomic = !l.fragment

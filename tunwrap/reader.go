@@ -24,6 +24,7 @@ type Reader struct {
 	seg     segmenter
 	current []*stack.PacketBuffer // what seg is busy with: a superpacket, or several joined
 	views   [][]byte              // scratch
+	now     int64                 // of the drain in progress, for the filter
 	counts  outboundCounts        // of the Read in progress
 }
 
@@ -81,7 +82,10 @@ func (r *Reader) fetch() error {
 
 // drain writes what has been dequeued until bufs are full.
 func (r *Reader) drain(bufs [][]byte, sizes []int, offset int) (n int) {
-	nat := r.w.nat.Load()
+	nat, filter := r.w.nat.Load(), r.w.filter.Load()
+	if filter != nil {
+		r.now = filter.now()
+	}
 	for n < len(bufs) {
 		if r.seg.busy {
 			n += r.split(bufs[n:], sizes[n:], offset)
@@ -90,7 +94,7 @@ func (r *Reader) drain(bufs [][]byte, sizes []int, offset int) (n int) {
 		if r.head == r.tail {
 			break
 		}
-		n += r.send(r.next(), nat, bufs[n][offset:], &sizes[n])
+		n += r.send(r.next(), nat, filter, bufs[n][offset:], &sizes[n])
 	}
 	return n
 }
@@ -107,7 +111,7 @@ func (r *Reader) next() *stack.PacketBuffer {
 // send takes pkt. A superpacket, and a packet with others that continue it, is made ready for split and
 // nothing is written; any other packet is written to dst. It returns the number of packets
 // written.
-func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, dst []byte, size *int) int {
+func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, filter *Filter, dst []byte, size *int) int {
 	total := pkt.Size()
 	g := FromStack(pkt)
 	followers := r.followers(pkt)
@@ -119,6 +123,15 @@ func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, dst []byte, size *
 		}
 		r.current = append(r.current, pkt)
 		r.join(followers)
+		if filter != nil {
+			h := r.seg.headers()
+			if d := filter.outbound(h, &r.seg.layout, len(h)+r.seg.left, r.now); d != DropNone {
+				r.w.drops.addN(d, len(r.current))
+				r.seg.reset()
+				r.done()
+				return 0
+			}
+		}
 		if nat != nil {
 			nat.outbound(r.seg.headers(), &r.seg.layout, &r.seg.gso)
 		}
@@ -140,7 +153,7 @@ func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, dst []byte, size *
 		for _, v := range r.viewsOf(pkt) {
 			at += copy(dst[at:], v)
 		}
-		d = finish(dst, &g, nat)
+		d = finishFiltered(dst, &g, nat, filter, r.now)
 	}
 	pkt.DecRef()
 	if d != DropNone {
@@ -162,11 +175,31 @@ func finish(b []byte, g *GSO, nat *natTable) Drop {
 	if d != DropNone {
 		return d
 	}
+	return finishLocated(b, &l, g, nat)
+}
+
+// finishFiltered is finish, unless the filter says no; nil never does.
+func finishFiltered(b []byte, g *GSO, nat *natTable, filter *Filter, now int64) Drop {
+	if filter == nil {
+		return finish(b, g, nat)
+	}
+	l, d := locate(b, len(b))
+	if d != DropNone {
+		return d
+	}
+	if d := filter.outbound(b, &l, len(b), now); d != DropNone {
+		return d
+	}
+	return finishLocated(b, &l, g, nat)
+}
+
+// finishLocated is finish for a packet laid out as l.
+func finishLocated(b []byte, l *layout, g *GSO, nat *natTable) Drop {
 	if g.NeedsCsum && g.CsumStart == 0 {
 		g.CsumStart = uint16(l.l4)
 	}
 	if nat != nil {
-		nat.outbound(b, &l, g)
+		nat.outbound(b, l, g)
 	}
 	if g.NeedsCsum {
 		return g.finishChecksum(b)

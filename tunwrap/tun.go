@@ -76,6 +76,7 @@ type TUN struct {
 	log       *slog.Logger
 
 	nat    atomic.Pointer[natTable]
+	filter atomic.Pointer[Filter]
 	mtu    atomic.Int64
 	closed atomic.Bool
 	drops  dropCounters
@@ -148,6 +149,10 @@ func (t *TUN) SetNAT(rules []NATRule) error {
 	t.nat.Store(table)
 	return nil
 }
+
+// SetFilter makes f decide which packets pass; nil lets all of them, and costs nothing. A [Wrapper]
+// beside the TUN may have the same.
+func (t *TUN) SetFilter(f *Filter) { t.filter.Store(f) }
 
 // TooBig is [Wrapper.TooBig] with the kernel as the stack: its message goes into the kernel as if it had
 // come through the tunnel, and fragments come out of a later Read.

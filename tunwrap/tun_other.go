@@ -73,11 +73,14 @@ func (r *TUNReader) Read(bufs [][]byte, sizes []int, offset int) (n int, err err
 
 // finish translates the first n packets and closes the gaps that bad ones leave.
 func (r *TUNReader) finish(bufs [][]byte, sizes []int, offset, n int) (kept int) {
-	nat := r.t.nat.Load()
+	nat, filter, now := r.t.nat.Load(), r.t.filter.Load(), int64(0)
+	if filter != nil {
+		now = filter.now()
+	}
 	for i := range n {
 		b := bufs[i][offset : offset+sizes[i]]
 		r.counts.packets++
-		if d := finish(b, &GSO{}, nat); d != DropNone {
+		if d := finishFiltered(b, &GSO{}, nat, filter, now); d != DropNone {
 			r.t.drops.add(d)
 			continue
 		}
@@ -135,7 +138,10 @@ func (t *TUN) Write(bufs [][]byte, offset int) (n int, err error) {
 	if t.closed.Load() {
 		return 0, errTUNClosed("write")
 	}
-	nat := t.nat.Load()
+	nat, filter, now := t.nat.Load(), t.filter.Load(), int64(0)
+	if filter != nil {
+		now = filter.now()
+	}
 	var counts inboundCounts
 	var one [1][]byte
 	for _, buf := range bufs {
@@ -153,6 +159,12 @@ func (t *TUN) Write(bufs [][]byte, offset int) (n int, err error) {
 		}
 		if nat != nil {
 			nat.inbound(b[:l.total], &l)
+		}
+		if filter != nil {
+			if d := filter.inbound(b[:l.total], &l, l.total, now); d != DropNone {
+				t.drops.add(d)
+				continue
+			}
 		}
 		one[0] = buf[:offset+l.total]
 		switch _, err := t.device.Write(one[:], offset); {

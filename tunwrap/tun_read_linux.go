@@ -97,6 +97,9 @@ func (r *TUNReader) readSome() error {
 // if there were none, to wait for some. It makes one system call a packet, which never waits, so the scheduler is
 // not told of it.
 func (r *TUNReader) fillFrom(fd uintptr) bool {
+	if f := r.t.filter.Load(); f != nil {
+		r.now = f.now()
+	}
 	for r.n < len(r.bufs) {
 		if r.seg.busy {
 			r.n += r.split(r.bufs[r.n:], r.sizes[r.n:], r.offset, &r.t.drops)

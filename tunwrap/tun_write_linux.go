@@ -92,8 +92,18 @@ func (x *tunWriter) collect(bufs [][]byte, offset int) {
 // flushTo writes the groups to fd.
 func (x *tunWriter) flushTo(fd uintptr) {
 	c := &x.coalescer
+	filter, now := x.t.filter.Load(), int64(0)
+	if filter != nil {
+		now = filter.now()
+	}
 	for i := range c.groups {
 		g := &c.groups[i]
+		if filter != nil {
+			if d := filter.inbound(c.packets[g.first].b, &g.layout, g.total, now); d != DropNone {
+				x.t.drops.addN(d, int(g.count))
+				continue
+			}
+		}
 		if g.count > 1 {
 			x.superpacket(fd, g)
 		} else {

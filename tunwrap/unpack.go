@@ -13,6 +13,7 @@ type unpacker struct {
 	spill [spillStart + maxPacket + 1]byte
 
 	counts outboundCounts
+	now    int64 // of the packets at hand, for the filter
 }
 
 // spillStart is also the most of a packet that is read into a record buffer, in bytes: no record
@@ -32,17 +33,17 @@ func (u *unpacker) rest() []byte { return u.spill[spillStart:] }
 func (u *unpacker) take(dst []byte, size int, t *TUN) (written int) {
 	u.counts.packets++
 	g := u.header.get()
-	nat := t.nat.Load()
+	nat, filter := t.nat.Load(), t.filter.Load()
 	d := DropNone
 	if g.kind() == GSONone {
-		d = u.finish(dst, size, &g, nat)
+		d = u.finish(dst, size, &g, nat, filter)
 		if d == DropNone {
 			u.counts.segments++
 			u.counts.bytes += uint64(size)
 			return size
 		}
 	} else {
-		d = u.load(dst, size, g, nat)
+		d = u.load(dst, size, g, nat, filter)
 	}
 	if d != DropNone {
 		t.drops.add(d)
@@ -51,7 +52,7 @@ func (u *unpacker) take(dst []byte, size int, t *TUN) (written int) {
 }
 
 // finish completes the plain packet of size bytes in dst.
-func (u *unpacker) finish(dst []byte, size int, g *GSO, nat *natTable) Drop {
+func (u *unpacker) finish(dst []byte, size int, g *GSO, nat *natTable, filter *Filter) Drop {
 	if size > len(dst) {
 		return DropOversize
 	}
@@ -66,11 +67,11 @@ func (u *unpacker) finish(dst []byte, size int, g *GSO, nat *natTable) Drop {
 			return d
 		}
 	}
-	return finish(b, &GSO{}, nat)
+	return finishFiltered(b, &GSO{}, nat, filter, u.now)
 }
 
 // load begins with the superpacket of size bytes in dst and spill.
-func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable) Drop {
+func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable, filter *Filter) Drop {
 	head := u.direct(dst)
 	head = head[:min(len(head), size)]
 	u.views = [2][]byte{head, u.spill[spillStart : spillStart+size-len(head)]}
@@ -83,6 +84,12 @@ func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable) Drop {
 	}
 	if d := u.seg.load(u.views[:], size, g); d != DropNone {
 		return d
+	}
+	if filter != nil {
+		if d := filter.outbound(u.seg.headers(), &u.seg.layout, size, u.now); d != DropNone {
+			u.seg.reset()
+			return d
+		}
 	}
 	if first := u.seg.segmentLen(); first < len(head) {
 		// The next segments may be written when dst is no longer ours.

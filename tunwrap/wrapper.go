@@ -44,6 +44,7 @@ type Wrapper struct {
 	log       *slog.Logger
 
 	nat     atomic.Pointer[natTable]
+	filter  atomic.Pointer[Filter]
 	mtu     atomic.Int64
 	closed  atomic.Bool
 	drops   dropCounters
@@ -130,6 +131,9 @@ func (w *Wrapper) SetNAT(rules []NATRule) error {
 	w.nat.Store(t)
 	return nil
 }
+
+// SetFilter makes f decide which packets pass; nil lets all of them, and costs nothing.
+func (w *Wrapper) SetFilter(f *Filter) { w.filter.Store(f) }
 
 // SetMTU changes what MTU reports and tells it to whoever reads Events. The Link's MTU is
 // its owner's to change.

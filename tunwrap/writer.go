@@ -31,15 +31,25 @@ func (x *writer) write(w *Wrapper, bufs [][]byte, offset int) {
 		}
 		c.add(b, &l)
 	}
+	filter, now := w.filter.Load(), int64(0)
+	if filter != nil {
+		now = filter.now()
+	}
 	for i := range c.groups {
 		g := &c.groups[i]
+		if filter != nil {
+			if d := filter.inbound(c.packets[g.first].b, &g.layout, g.total, now); d != DropNone {
+				w.drops.addN(d, int(g.count))
+				continue
+			}
+		}
+		n.packets++
 		if g.count > 1 {
 			c.merge(g)
 			n.superpackets++
 		}
 		w.link.Deliver(packetBuffer(c, g))
 	}
-	n.packets = uint64(len(c.groups))
 	c.end()
 	w.inbound.add(&n)
 }
