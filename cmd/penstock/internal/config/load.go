@@ -78,7 +78,7 @@ type KeyFile func(name string) ([]byte, fs.FileMode, error)
 
 // Parse checks data, the content of file. Its error is [Mistakes]. It borrows data.
 func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
-	raw, r, err := decode(file, data)
+	raw, r, err := decode[rawFile](file, data, nodeSchema)
 	if err != nil {
 		return nil, err
 	}
@@ -115,8 +115,8 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 	return c, nil
 }
 
-// decode reads the TOML itself: syntax, tables and the names of keys.
-func decode(file string, data []byte) (*rawFile, *reader, error) {
+// decode reads the TOML itself: syntax, tables and the names of keys. Raw is what s was read off.
+func decode[Raw any](file string, data []byte, s schema) (*Raw, *reader, error) {
 	var whole map[string]any
 	if err := toml.Unmarshal(data, &whole); err != nil {
 		return nil, nil, Mistakes{syntax(file, err)}
@@ -125,13 +125,13 @@ func decode(file string, data []byte) (*rawFile, *reader, error) {
 	if err != nil {
 		return nil, nil, Mistakes{syntax(file, err)}
 	}
-	r := &reader{file: file, index: x}
+	r := &reader{file: file, schema: s, index: x}
 	r.checkKeys()
 	r.checkTables()
 	if tables := r.ok(); !tables && !onlyLeaves(r.mistakes) {
 		return nil, nil, r.sorted()
 	}
-	var raw rawFile
+	var raw Raw
 	d := toml.NewDecoder(bytes.NewReader(data))
 	if r.ok() {
 		// checkKeys has found nothing; should go-toml know better, it has the last word.

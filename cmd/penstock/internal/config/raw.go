@@ -130,8 +130,10 @@ type table struct {
 	keys []string
 }
 
-// schema are the tables of a file, read off rawFile.
-var schema = tablesIn("", reflect.TypeFor[rawFile]())
+// A schema is the tables of a kind of file, read off the struct that it is decoded into.
+type schema []table
+
+var nodeSchema = schema(tablesIn("", reflect.TypeFor[rawFile]()))
 
 // tablesIn reads the tables in a struct, each followed by those in it. A table of which there
 // are many has none in it.
@@ -154,14 +156,16 @@ func tablesIn(around string, in reflect.Type) (tables []table) {
 	return tables
 }
 
-// Keys are all keys a file may have, "peer.allowed_ips" for one, in the order
+// Keys are all keys a node's file may have, "peer.allowed_ips" for one, in the order
 // of the documentation.
-func Keys() (keys []string) {
+func Keys() []string { return nodeSchema.names() }
+
+func (s schema) names() (keys []string) {
 	tables := map[string]bool{}
-	for _, t := range schema {
+	for _, t := range s {
 		tables[t.name] = true
 	}
-	for _, t := range schema {
+	for _, t := range s {
 		for _, k := range t.keys {
 			if !tables[t.name+"."+k] {
 				keys = append(keys, t.name+"."+k)
@@ -178,7 +182,7 @@ var subscript = regexp.MustCompile(`\[\d+\]`)
 func (r *reader) checkKeys() {
 	known, table := map[string]bool{}, map[string]bool{}
 	var tables []string
-	for _, t := range schema {
+	for _, t := range r.schema {
 		known[t.name], table[t.name] = true, true
 		if !strings.Contains(t.name, ".") {
 			tables = append(tables, t.name)
@@ -201,18 +205,18 @@ func (r *reader) checkKeys() {
 			// which is a mistake of type, found later.
 			continue
 		case !nested:
-			r.wrongAt(path, "", "unknown key "+quoted(plain), wantKey(plain, "", tables))
+			r.wrongAt(path, "", "unknown key "+quoted(plain), r.wantKey(plain, "", tables))
 		default:
-			r.wrongAt(path, inside, "unknown key "+quoted(key), wantKey(key, inside, tables))
+			r.wrongAt(path, inside, "unknown key "+quoted(key), r.wantKey(key, inside, tables))
 		}
 	}
 }
 
 // wantKey says which key was meant: one of the same table, a table, or the same
 // key of another table.
-func wantKey(key, inside string, tables []string) string {
+func (r *reader) wantKey(key, inside string, tables []string) string {
 	candidates := tables
-	for _, t := range schema {
+	for _, t := range r.schema {
 		if t.name == inside {
 			candidates = t.keys
 		}
@@ -220,7 +224,7 @@ func wantKey(key, inside string, tables []string) string {
 	if n := nearest(key, candidates); n != "" {
 		return n
 	}
-	for _, t := range schema {
+	for _, t := range r.schema {
 		for _, k := range t.keys {
 			if k == key {
 				return k + " in " + header(t)
@@ -233,7 +237,7 @@ func wantKey(key, inside string, tables []string) string {
 // checkTables reports every table that is none, and [x] where [[x]] is meant or
 // the other way round.
 func (r *reader) checkTables() {
-	for _, t := range schema {
+	for _, t := range r.schema {
 		kind, written := r.index.kinds[t.name]
 		if !written {
 			continue

@@ -14,6 +14,7 @@ import (
 // the value that go-toml decoded there, nil when the key is absent.
 type reader struct {
 	file     string
+	schema   schema
 	index    *index
 	mistakes Mistakes
 	warnings Mistakes
