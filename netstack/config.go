@@ -37,6 +37,11 @@ type Config struct {
 	// Router makes the node a subnet router; nil: it routes nothing.
 	Router *RouterConfig
 
+	// ACL decides which packets pass between the node and its peers; empty: all. ACLLimits
+	// bounds what that takes.
+	ACL       []ACLRule
+	ACLLimits ACLLimits
+
 	// DNS says who resolves the names in addresses.
 	DNS DNS
 	// Resolver is used instead of DNS.
@@ -154,6 +159,7 @@ func (c *Config) validate() error {
 		}
 	}
 	validatePeers(c, bad)
+	c.validateACL(bad)
 	if c.Router != nil {
 		c.Router.validate(bad)
 	}

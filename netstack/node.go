@@ -39,6 +39,7 @@ type Node struct {
 	budget    *sendBudget
 	link      *linkep.Endpoint
 	wrapper   *tunwrap.Wrapper
+	filter    *tunwrap.Filter // nil: everything passes
 	transport *transport.Transport
 	router    *router // nil: the node routes nothing
 
@@ -132,6 +133,11 @@ func (n *Node) startOuter() error {
 		}
 	}
 	n.wrapper = tunwrap.New(link, tunwrap.Options{MTU: n.innerMTU(), BatchSize: batchPackets(n.innerMTU()), Logger: n.log})
+	if n.filter, err = n.cfg.newFilter(); err != nil {
+		closeAll(conns)
+		return fmt.Errorf("netstack: %w", err)
+	}
+	n.wrapper.SetFilter(n.filter)
 	n.transport, err = transport.New(transport.Config{
 		Key:            n.cfg.PrivateKey,
 		Conns:          conns,
@@ -194,14 +200,14 @@ func (n *Node) AddPeer(p Peer) error {
 		return net.ErrClosed
 	}
 	peers := append(slices.Clip(n.peers), p)
-	if err := n.applyNAT(peers); err != nil {
-		return fmt.Errorf("netstack: %w", err)
+	if err := errors.Join(n.applyNAT(peers), n.applyACL(peers)); err != nil {
+		return errors.Join(fmt.Errorf("netstack: %w", err), n.applyNAT(n.peers), n.applyACL(n.peers))
 	}
 	err := n.transport.AddPeer(transport.PeerConfig{
 		Name: p.Name, PublicKey: p.PublicKey, Endpoint: p.Endpoint, AllowedIPs: p.AllowedIPs,
 	})
 	if err != nil {
-		return errors.Join(fmt.Errorf("netstack: %w", err), n.applyNAT(n.peers))
+		return errors.Join(fmt.Errorf("netstack: %w", err), n.applyNAT(n.peers), n.applyACL(n.peers))
 	}
 	n.peers = peers
 	n.applyAllowed()
@@ -219,7 +225,7 @@ func (n *Node) RemovePeer(k PublicKey) error {
 	}
 	n.peers = slices.Delete(slices.Clone(n.peers), i, i+1)
 	n.applyAllowed()
-	return errors.Join(n.transport.RemovePeer(k), n.applyNAT(n.peers))
+	return errors.Join(n.transport.RemovePeer(k), n.applyNAT(n.peers), n.applyACL(n.peers))
 }
 
 // applyAllowed makes the prefixes of n.peers the ones that reachable knows. n.mu is held.

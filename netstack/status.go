@@ -28,6 +28,8 @@ type Status struct {
 	Relays    []RelayStatus    `json:"relays"` // of Forward and Publish
 	// Router is nil when the node routes nothing.
 	Router *RouterStatus `json:"router,omitempty"`
+	// ACL is nil when everything may pass.
+	ACL *ACLStatus `json:"acl,omitempty"`
 	// Drops are packets given up outside of the tunnel, by reason; only what
 	// happened. Those of the tunnel are in Tunnel.Drops.
 	Drops map[string]uint64 `json:"drops"`
@@ -105,6 +107,7 @@ func (n *Node) Status() Status {
 	st := n.stack.Stats()
 	s.TCP, s.UDP = tcpStatus(&st), udpStatus(&st)
 	s.Relays = n.relays()
+	s.ACL = n.aclStatus()
 	if n.router != nil {
 		s.Router = n.router.status()
 	}
