@@ -41,9 +41,9 @@ func TestCallsThatCrossOnTwoPaths(t *testing.T) {
 	}
 }
 
-// completed is a session as a handshake would give it, without pion.
-func completed(initiator bool) *session {
-	s := &session{initiator: initiator, nextSeq: 257, retired: make(chan struct{})}
+// completed is an agreement as a handshake would give it, without pion.
+func completed(initiator bool) *agreement {
+	s := &agreement{initiator: initiator, nextSeq: 257, retired: make(chan struct{})}
 	close(s.retired)
 	return s
 }

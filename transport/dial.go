@@ -200,7 +200,7 @@ func (t *Transport) serve(ctx context.Context, pend *pending, at *path) {
 
 // install gives a completed handshake to its peer, unless that has a better one or is gone, and the pump's work to the
 // records that came before it was complete here.
-func (t *Transport) install(p *peer, s *session, at *path) error {
+func (t *Transport) install(p *peer, s *agreement, at *path) error {
 	if err := p.install(s, at); err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ const (
 	// pion keeps every fragment it cannot use yet, up to 2 MB (fragmentBufferMaxSize), so
 	// the bound must be here. 25 retransmissions of a flight are 35 KiB.
 	maxHandshakeBytes = 64 << 10
-	// maxEarlyBytes bounds the application records kept until the session is handed
+	// maxEarlyBytes bounds the application records kept until the agreement is handed
 	// over: one whole receive of a peer that begins to send at once.
 	maxEarlyBytes = 64 << 10
 )
@@ -156,7 +156,7 @@ func (c *handshakeConn) admits(hdr recordHeader, record []byte) bool {
 	}
 }
 
-// keepEarly copies an application record that came before the session was taken over. Only after our own
+// keepEarly copies an application record that came before the agreement was taken over. Only after our own
 // Finished has left: by then the peer has proved its key, so strangers cannot fill this.
 // It goes on when pion is gone, until takeEarly.
 func (c *handshakeConn) keepEarly(hdr recordHeader, record []byte) bool {

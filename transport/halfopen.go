@@ -27,7 +27,7 @@ type pending struct {
 	source  netip.Prefix           // of a handshake that we serve
 
 	// Guarded by halfOpenTable.mu.
-	session *session      // set when complete and not yet confirmed
+	agreement *agreement      // set when complete and not yet confirmed
 	queue   *list.List    // the one of the table's that it is in
 	element *list.Element // and where
 }
@@ -190,24 +190,24 @@ func (h *halfOpenTable) prove(remote netip.AddrPort, p *pending) {
 func (h *halfOpenTable) isCompleted(p *pending) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return p.session != nil
+	return p.agreement != nil
 }
 
-// completed notes the session of a served handshake. It reports false when the
+// completed notes the agreement of a served handshake. It reports false when the
 // handshake has lost its place in the meantime.
-func (h *halfOpenTable) completed(remote netip.AddrPort, p *pending, s *session) bool {
+func (h *halfOpenTable) completed(remote netip.AddrPort, p *pending, s *agreement) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	p.session = s
+	p.agreement = s
 	h.dequeueLocked(p)
 	return h.m[remote] == p
 }
 
 // finished removes the handshake at remote that led to s, if it is still there.
-func (h *halfOpenTable) finished(remote netip.AddrPort, s *session) {
+func (h *halfOpenTable) finished(remote netip.AddrPort, s *agreement) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if p := h.m[remote]; p != nil && p.session == s {
+	if p := h.m[remote]; p != nil && p.agreement == s {
 		h.removeLocked(remote, p)
 	}
 }

@@ -78,14 +78,14 @@ func BenchmarkHandshake(b *testing.B) {
 	}
 }
 
-// BenchmarkUnretired is what a server's session keeps until it lets go of pion, and after.
+// BenchmarkUnretired is what a server's agreement keeps until it lets go of pion, and after.
 func BenchmarkUnretired(b *testing.B) {
 	c, _ := testHandshaker(b)
 	s, _ := testHandshaker(b)
 	const n = 200
 	for b.Loop() {
 		before := memoryInUse()
-		servers := make([]*session, 0, n)
+		servers := make([]*agreement, 0, n)
 		for range n {
 			_, server, err1, err2 := shakeBoth(b.Context(), newWire(nil), c, s, anyKey, anyKey)
 			if err1 != nil || err2 != nil {

@@ -51,7 +51,7 @@ func (e *refusedError) retry() bool {
 	return e.alert == alert{alertFatal, alertUserCanceled}
 }
 
-// handshaker makes sessions: DTLS 1.2 handshakes with our certificate, by pion. It
+// handshaker makes agreements: DTLS 1.2 handshakes with our certificate, by pion. It
 // is made once for a Transport and is safe for concurrent use.
 type handshaker struct {
 	certificate    tls.Certificate
@@ -84,18 +84,18 @@ func newHandshaker(key PrivateKey, suites []CipherSuite, flightInterval time.Dur
 	return &handshaker{certificate, slices.Clone(suites), flightInterval, log}, nil
 }
 
-// client opens a session over conn, which it takes. verify is called with the key that
+// client opens an agreement over conn, which it takes. verify is called with the key that
 // the server has proved to hold, before our own proof leaves; it may be called more than
 // once, from another goroutine, and what it returns ends the handshake with an alert to
 // the peer and is wrapped in the error returned. It waits until ctx ends.
-func (h *handshaker) client(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error) (*session, error) {
+func (h *handshaker) client(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error) (*agreement, error) {
 	return h.run(ctx, conn, verify, h.suites, true)
 }
 
 // server answers a client over conn, which it takes, and into which the ClientHello was
 // already pushed. verify is called with the key that the client
 // has proved to hold, before our Finished leaves; see client.
-func (h *handshaker) server(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error) (*session, error) {
+func (h *handshaker) server(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error) (*agreement, error) {
 	suites := h.suites
 	if hello, ok := conn.firstHello(); ok {
 		suites = h.suitesFor(&hello)
@@ -122,7 +122,7 @@ type attempt struct {
 	err    error // of verify
 }
 
-func (h *handshaker) run(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error, suites []CipherSuite, isClient bool) (*session, error) {
+func (h *handshaker) run(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error, suites []CipherSuite, isClient bool) (*agreement, error) {
 	a := new(attempt)
 	config := h.config(a, suites, verify)
 	config.InsecureSkipVerifyHello = conn.addressVerified
@@ -210,8 +210,8 @@ type pionState struct {
 	IsClient                  bool
 }
 
-// takeOver turns a finished pion handshake into a session.
-func takeOver(pion *dtls.Conn, conn *handshakeConn, a *attempt, isClient bool) (*session, error) {
+// takeOver turns a finished pion handshake into an agreement.
+func takeOver(pion *dtls.Conn, conn *handshakeConn, a *attempt, isClient bool) (*agreement, error) {
 	state := pion.ConnectionState()
 	remote, err := remotePublicKey(state.PeerCertificates)
 	if err != nil {
@@ -230,7 +230,7 @@ func takeOver(pion *dtls.Conn, conn *handshakeConn, a *attempt, isClient bool) (
 			return nil, err
 		}
 	}
-	return newSession(keys, remote, isClient, pion, conn), nil
+	return newAgreement(keys, remote, isClient, pion, conn), nil
 }
 
 // exportKeys reads the keys of one of pion's own suites out of its State.

@@ -77,7 +77,7 @@ func only(want PublicKey) func(PublicKey) error {
 }
 
 // shake runs both ends to their end.
-func shake(t testing.TB, w *wire, c, s *handshaker, verifyServer, verifyClient func(PublicKey) error) (client, server *session, clientErr, serverErr error) {
+func shake(t testing.TB, w *wire, c, s *handshaker, verifyServer, verifyClient func(PublicKey) error) (client, server *agreement, clientErr, serverErr error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -93,7 +93,7 @@ func shake(t testing.TB, w *wire, c, s *handshaker, verifyServer, verifyClient f
 	return client, server, clientErr, serverErr
 }
 
-func shakeBoth(ctx context.Context, w *wire, c, s *handshaker, verifyServer, verifyClient func(PublicKey) error) (client, server *session, clientErr, serverErr error) {
+func shakeBoth(ctx context.Context, w *wire, c, s *handshaker, verifyServer, verifyClient func(PublicKey) error) (client, server *agreement, clientErr, serverErr error) {
 	var wg sync.WaitGroup
 	wg.Go(func() { server, serverErr = s.server(ctx, w.server, verifyClient) })
 	wg.Go(func() { client, clientErr = c.client(ctx, w.client, verifyServer) })
@@ -101,10 +101,10 @@ func shakeBoth(ctx context.Context, w *wire, c, s *handshaker, verifyServer, ver
 	return client, server, clientErr, serverErr
 }
 
-// exchange sends a record each way through the sessions' keys.
-func exchange(t testing.TB, a, b *session) {
+// exchange sends a record each way through the agreements' keys.
+func exchange(t testing.TB, a, b *agreement) {
 	t.Helper()
-	for _, dir := range []struct{ from, to *session }{{a, b}, {b, a}} {
+	for _, dir := range []struct{ from, to *agreement }{{a, b}, {b, a}} {
 		for i := range uint64(3) {
 			want := []byte{0, byte(i), 'x'}
 			record := sealNew(&dir.from.sealer, contentApplicationData, dir.from.nextSeq+i, want)
@@ -232,9 +232,9 @@ func TestHandshakeWithoutACertificate(t *testing.T) {
 			t.Error("the client has a connection")
 		}
 	})
-	if session, err := s.server(ctx, w.server, asked); err == nil {
-		<-session.retire()
-		t.Error("the server has a session")
+	if agreement, err := s.server(ctx, w.server, asked); err == nil {
+		<-agreement.retire()
+		t.Error("the server has an agreement")
 	}
 	wg.Wait()
 }
@@ -347,7 +347,7 @@ func TestClientHelloOrder(t *testing.T) {
 			once.Do(func() { first = bytes.Clone(d); cancel() })
 		})
 		if _, err := c.client(ctx, conn, anyKey); err == nil {
-			t.Fatal("a session with nobody")
+			t.Fatal("an agreement with nobody")
 		}
 		hello, ok := peekClientHello(first)
 		if !ok {
@@ -386,7 +386,7 @@ func TestSuitePreference(t *testing.T) {
 			// server waits for it.
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 			defer cancel()
-			var client, server *session
+			var client, server *agreement
 			var err1, err2 error
 			var wg sync.WaitGroup
 			wg.Go(func() { client, err1 = ch.client(ctx, w.client, anyKey) })

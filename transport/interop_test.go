@@ -143,19 +143,19 @@ func (p *tool) waitExit() {
 	}
 }
 
-// loopbackEnd is our side over a real socket: a handshaker, then a session's keys.
+// loopbackEnd is our side over a real socket: a handshaker, then an agreement's keys.
 type loopbackEnd struct {
 	t         *testing.T
 	socket    *net.UDPConn
 	plaintext chan []byte
 	alerts    chan alert
 	// dropFinished is how many of our datagrams with sealed records are lost before the
-	// session is there.
+	// agreement is there.
 	dropFinished int
 
 	mu      sync.Mutex
 	conn    *handshakeConn
-	session *session
+	agreement *agreement
 	window  replayWindow
 	next    uint64
 	ready   chan struct{} // closed with the first datagram
@@ -176,8 +176,8 @@ func newLoopbackEnd(t *testing.T) *loopbackEnd {
 	t.Cleanup(func() {
 		socket.Close()
 		<-received
-		if e.session != nil {
-			<-e.session.retire()
+		if e.agreement != nil {
+			<-e.agreement.retire()
 		}
 	})
 	return e
@@ -220,7 +220,7 @@ func (e *loopbackEnd) connect(remote netip.AddrPort) {
 }
 
 func (e *loopbackEnd) datagram(d []byte) {
-	if e.session == nil {
+	if e.agreement == nil {
 		e.conn.push(d)
 		return
 	}
@@ -232,9 +232,9 @@ func (e *loopbackEnd) datagram(d []byte) {
 		rest = next
 		switch {
 		case hdr.typ == contentHandshake:
-			e.session.conn.push(record)
+			e.agreement.conn.push(record)
 		case hdr.epoch == dataEpoch && e.window.check(hdr.seq):
-			plaintext, err := e.session.opener.open(record, hdr, new(cryptoScratch))
+			plaintext, err := e.agreement.opener.open(record, hdr, new(cryptoScratch))
 			if err != nil {
 				continue
 			}
@@ -259,7 +259,7 @@ func (e *loopbackEnd) send(record []byte) {
 
 func (e *loopbackEnd) sequence() uint64 { e.next++; return e.next - 1 }
 
-// handshake runs our side and takes the session over.
+// handshake runs our side and takes the agreement over.
 func (e *loopbackEnd) handshake(h *handshaker, client bool, want PublicKey) error {
 	ctx, cancel := context.WithTimeout(e.t.Context(), patience)
 	defer cancel()
@@ -280,10 +280,10 @@ func (e *loopbackEnd) handshake(h *handshaker, client bool, want PublicKey) erro
 	return nil
 }
 
-func (e *loopbackEnd) takeOver(s *session) {
+func (e *loopbackEnd) takeOver(s *agreement) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.session, e.next = s, s.nextSeq
+	e.agreement, e.next = s, s.nextSeq
 	for _, early := range s.takeEarly() {
 		e.datagram(early)
 	}
@@ -293,12 +293,12 @@ func (e *loopbackEnd) takeOver(s *session) {
 // echoes gives our lines back and does not listen to its keyboard.
 func (e *loopbackEnd) converse(p *tool, suite CipherSuite, echoes bool) {
 	e.t.Helper()
-	if e.session.suite != suite {
-		e.t.Fatalf("suite %v, want %v", e.session.suite, suite)
+	if e.agreement.suite != suite {
+		e.t.Fatalf("suite %v, want %v", e.agreement.suite, suite)
 	}
 	for _, size := range []int{1, 30, 1100} { // gnutls-cli sends at most 1200 bytes or so
 		line := strings.Repeat("ours ", 300)[:size] + "\n"
-		e.send(sealNew(&e.session.sealer, contentApplicationData, e.sequence(), []byte(line)))
+		e.send(sealNew(&e.agreement.sealer, contentApplicationData, e.sequence(), []byte(line)))
 		if !echoes {
 			p.waitFor(line)
 			line = strings.Repeat("theirs ", 300)[:size] + "\n"
@@ -328,7 +328,7 @@ func (e *loopbackEnd) wantPlaintext(line string) {
 // close says close_notify and expects the tool to take it for the end.
 func (e *loopbackEnd) close(p *tool) {
 	e.t.Helper()
-	e.send(e.session.sealer.sealAlert(alert{alertWarning, alertCloseNotify}, e.sequence()))
+	e.send(e.agreement.sealer.sealAlert(alert{alertWarning, alertCloseNotify}, e.sequence()))
 	p.waitExit()
 }
 
@@ -499,7 +499,7 @@ func TestWeCallOpenSSLWithECDSA(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			e.takeOver(newSession(keys, PublicKey{}, true, pion, e.conn))
+			e.takeOver(newAgreement(keys, PublicKey{}, true, pion, e.conn))
 			e.converse(p, suites[i].id, false)
 		})
 	}
@@ -519,7 +519,7 @@ func TestStrangerTakesOurCloseNotify(t *testing.T) {
 	})
 }
 
-// Our last flight is lost: the stranger repeats its own, and the session that was already taken
+// Our last flight is lost: the stranger repeats its own, and the agreement that was already taken
 // over still answers.
 func TestStrangerMissesOurFinished(t *testing.T) {
 	forEachStranger(t, isClient, func(t *testing.T, s stranger) {

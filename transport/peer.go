@@ -143,7 +143,7 @@ func (p *peer) claimLocked(a netip.AddrPort) {
 // install takes a completed handshake. The association opens records at once,
 // and seals from the first record of the peer under it: only then is it certain
 // that the peer has it too (RFC 6347 4.2.4; a record sent earlier would be lost).
-func (p *peer) install(s *session, at *path) error {
+func (p *peer) install(s *agreement, at *path) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.stopped {
@@ -151,7 +151,7 @@ func (p *peer) install(s *session, at *path) error {
 	}
 	a := &association{
 		peer: p, suite: s.suite, sealer: &s.sealer, opener: &s.opener,
-		initiator: s.initiator, session: s, born: time.Now(),
+		initiator: s.initiator, agreement: s, born: time.Now(),
 	}
 	a.servedAt = at.remote
 	a.lingering.Store(true)
@@ -218,8 +218,8 @@ func (p *peer) promoteLocked(a *association) (waiting [][]byte) {
 // half-open table.
 func (p *peer) retireLocked(a *association) {
 	if a.lingering.CompareAndSwap(true, false) {
-		p.t.halfOpen.finished(a.servedAt, a.session)
-		p.t.retire(a.session)
+		p.t.halfOpen.finished(a.servedAt, a.agreement)
+		p.t.retire(a.agreement)
 	}
 }
 

@@ -179,7 +179,7 @@ type opener struct{ recordKey }
 // A sequence number must never be used twice with one sealer, not even for
 // another type: the nonce is made of it (RFC 5288 3, RFC 7905 2), and a repeated
 // nonce gives the authentication key away. The caller draws seq from one counter
-// that begins at [session.nextSeq].
+// that begins at [agreement.nextSeq].
 func (k *sealer) seal(buf []byte, typ contentType, seq uint64, s *cryptoScratch) []byte {
 	head := k.headroom()
 	plaintext := buf[head : len(buf)-tagSize]

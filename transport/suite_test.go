@@ -63,8 +63,8 @@ func TestPSKSuiteIsARow(t *testing.T) {
 	if err1 != nil || err2 != nil {
 		t.Fatal(err1, err2)
 	}
-	exchange(t, newSession(captures[true].keys.Load(), PublicKey{}, true, client, w.client),
-		newSession(captures[false].keys.Load(), PublicKey{}, false, server, w.server))
+	exchange(t, newAgreement(captures[true].keys.Load(), PublicKey{}, true, client, w.client),
+		newAgreement(captures[false].keys.Load(), PublicKey{}, false, server, w.server))
 	w.client.mute()
 	w.server.mute()
 	client.Close()

@@ -237,8 +237,8 @@ func (t *Transport) spawn(f func()) bool {
 	return true
 }
 
-// retire lets go of a session's handshake; Close waits for the goroutines of it.
-func (t *Transport) retire(s *session) {
+// retire lets go of an agreement's handshake; Close waits for the goroutines of it.
+func (t *Transport) retire(s *agreement) {
 	gone := s.retire()
 	t.spawn(func() { <-gone })
 }

@@ -7,9 +7,9 @@ import (
 	"github.com/pion/dtls/v2"
 )
 
-// session is the result of a handshake: the keys of an association and the peer
+// agreement is the result of a handshake: the keys of an association and the peer
 // that it is with.
-type session struct {
+type agreement struct {
 	suite     CipherSuite
 	remote    PublicKey // proved by the handshake and passed by verify
 	initiator bool      // we were the client
@@ -27,8 +27,8 @@ type session struct {
 	retired chan struct{} // closed when pion's goroutines have ended
 }
 
-func newSession(keys *keyPair, remote PublicKey, isClient bool, pion *dtls.Conn, conn *handshakeConn) *session {
-	s := &session{
+func newAgreement(keys *keyPair, remote PublicKey, isClient bool, pion *dtls.Conn, conn *handshakeConn) *agreement {
+	s := &agreement{
 		suite:     keys.suite,
 		remote:    remote,
 		initiator: isClient,
@@ -49,18 +49,18 @@ func newSession(keys *keyPair, remote PublicKey, isClient bool, pion *dtls.Conn,
 
 // takeEarly gives the application records that came between the end of the handshake and now,
 // whole and still sealed, in order. The caller owns them. From now on none are kept.
-func (s *session) takeEarly() [][]byte { return s.conn.takeEarly() }
+func (s *agreement) takeEarly() [][]byte { return s.conn.takeEarly() }
 
 // retire lets go of pion: nothing of it reaches the wire from the moment retire
 // returns, not even a close_notify, and its goroutines end. It does not wait for them, as pion
 // may sleep for up to one flight interval: the channel returned is closed when they have ended.
 // It may be called any number of times, from any goroutine.
 //
-// A client's session is retired from the start: the server's Finished proves that the server has
+// A client's agreement is retired from the start: the server's Finished proves that the server has
 // ours. A server's is to be retired when the first application record from
 // the peer has been opened, which proves that the client has our Finished. It
 // retires by itself after [lastFlightTime].
-func (s *session) retire() <-chan struct{} {
+func (s *agreement) retire() <-chan struct{} {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.pion == nil {

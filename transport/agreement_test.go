@@ -10,8 +10,8 @@ import (
 )
 
 // serverFirst shakes hands over w so that the last datagram of the server is held back: the server
-// has a session, the client waits for the Finished.
-func lossyFinished(t *testing.T, lost int) (client, server *session, sent *atomic.Int64) {
+// has an agreement, the client waits for the Finished.
+func lossyFinished(t *testing.T, lost int) (client, server *agreement, sent *atomic.Int64) {
 	t.Helper()
 	sent = new(atomic.Int64)
 	var mu sync.Mutex
@@ -120,7 +120,7 @@ func TestEstablishedSessionIsQuiet(t *testing.T) {
 		t.Fatalf("%d datagrams left", n-before)
 	}
 	if server.conn.push(sealedForgery) {
-		t.Error("a retired session takes records")
+		t.Error("a retired agreement takes records")
 	}
 }
 
@@ -151,7 +151,7 @@ func TestSequenceNumbersBeyondTheGapStayOurs(t *testing.T) {
 	}
 }
 
-// What a peer sends the moment it has our Finished is not lost, though the engine has no session yet.
+// What a peer sends the moment it has our Finished is not lost, though the engine has no agreement yet.
 func TestEarlyRecordsAreKept(t *testing.T) {
 	noLeaks(t)
 	record := func(seq uint64) []byte {
