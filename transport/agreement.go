@@ -11,8 +11,9 @@ import (
 // that it is with.
 type agreement struct {
 	suite     CipherSuite
-	remote    PublicKey // proved by the handshake and passed by verify
-	initiator bool      // we were the client
+	remote    PublicKey     // proved by the handshake and passed by verify; zero for a session
+	secret    *sharedSecret // that both have proved to hold; nil for a static peer
+	initiator bool          // we were the client
 	sealer    sealer
 	opener    opener
 	// nextSeq is the first sequence number for the sealer's owner; those below

@@ -16,7 +16,7 @@ type association struct {
 	opener    *opener
 	initiator bool
 	born      time.Time
-	agreement   *agreement // for retire; the keys are above
+	agreement *agreement // for retire; the keys are above
 
 	// servedAt is where the handshake that we served came from, under which it is
 	// in the half-open table. It stays there while lingering: until the first record of

@@ -126,7 +126,6 @@ func TestConfigIsChecked(t *testing.T) {
 		t.Errorf("a rekey after %d records comes too late", got)
 	}
 	for name, spoil := range map[string]func(*Config){
-		"no key":       func(c *Config) { c.Key = PrivateKey{} },
 		"no socket":    func(c *Config) { c.Conns = nil },
 		"no device":    func(c *Config) { c.Device = nil },
 		"negative MTU": func(c *Config) { c.InnerMTU = -1 },
@@ -141,5 +140,15 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 	if err := tr.AddPeer(PeerConfig{}); err == nil || errors.Is(err, ErrClosed) {
 		t.Errorf("AddPeer without a key: %v", err)
+	}
+	keyless := good
+	keyless.Key = PrivateKey{}
+	tr, err = newTransport(keyless)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tr.cancel()
+	if err := tr.AddPeer(PeerConfig{PublicKey: key.Public()}); err == nil {
+		t.Error("a node without a key takes a static peer")
 	}
 }

@@ -6,8 +6,9 @@ import (
 	"time"
 )
 
-// Config describes a [Transport]. Only Key, Conns and Device are required.
+// Config describes a [Transport]. Only Conns and Device are required.
 type Config struct {
+	// Key is what static peers know this node by. Without one there can be none, only sessions.
 	Key PrivateKey
 	// Conns are the sockets. The Transport takes them: Close closes them.
 	Conns []PacketConn
@@ -31,7 +32,7 @@ type Config struct {
 
 	Logger *slog.Logger // nil: discarded
 
-	// CipherSuites in order of preference; nil means AES-128-GCM, AES-256-GCM,
+	// CipherSuites for static peers, in order of preference; nil means AES-128-GCM, AES-256-GCM,
 	// ChaCha20-Poly1305, the last first where the CPU has no AES instructions.
 	CipherSuites []CipherSuite
 
@@ -86,4 +87,8 @@ const (
 	AES128GCM        CipherSuite = 0xC02B // TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256 (RFC 5289)
 	AES256GCM        CipherSuite = 0xC02C // TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384 (RFC 5289)
 	ChaCha20Poly1305 CipherSuite = 0xCCA9 // TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256 (RFC 7905)
+
+	// Those of sessions. They cannot be chosen for peers.
+	PSKAES256GCM CipherSuite = 0x00A9 // TLS_PSK_WITH_AES_256_GCM_SHA384 (RFC 5487)
+	PSKAES128GCM CipherSuite = 0x00A8 // TLS_PSK_WITH_AES_128_GCM_SHA256 (RFC 5487)
 )

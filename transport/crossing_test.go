@@ -51,7 +51,7 @@ func completed(initiator bool) *agreement {
 func TestInstallAgreesOnOneOfTwo(t *testing.T) {
 	p := lonePeer(t, "192.0.2.2:2")
 	at := &path{conn: p.t.conns[0], remote: netip.MustParseAddrPort("192.0.2.2:2")}
-	ours := p.callsPrevail()
+	ours := p.identity.prevails()
 	for _, order := range [][]bool{{true, false}, {false, true}} {
 		p.slots.Store(new(slots))
 		for _, initiator := range order {

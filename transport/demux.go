@@ -15,6 +15,17 @@ const helloPatience = time.Second
 func (t *Transport) handshakeDatagram(at path, d []byte, known *peer) {
 	pend := t.halfOpen.get(at.remote)
 	hello, isHello := peekClientHello(d)
+	var session *Session
+	if isHello {
+		if len(hello.sessionID) > 0 {
+			session = t.apps.get(hello.sessionID)
+		}
+		if session == nil && (len(hello.sessionID) > 0 || !t.handshaker.hasKey()) {
+			// Not answered, whatever it holds: only who has signed in knows a name that is.
+			t.drops.add(DropUnknownSession, 1)
+			return
+		}
+	}
 	if isHello && (pend == nil || t.supersedes(pend, &hello)) {
 		if hello.messageSeq != 0 || pend != nil && !t.helloVerifier.isAdmitted(at.remote) {
 			// It answers a cookie for which nothing was kept; or it is to end a handshake under way with its
@@ -26,7 +37,7 @@ func (t *Transport) handshakeDatagram(at path, d []byte, known *peer) {
 			pend.abandon(t.abandonCause(pend))
 			t.halfOpen.remove(at.remote, pend)
 		}
-		t.accept(at, d, hello, known != nil)
+		t.accept(at, d, &hello, known != nil, session)
 		return
 	}
 	switch {
@@ -50,7 +61,7 @@ func (t *Transport) handshakeDatagram(at path, d []byte, known *peer) {
 // key yields, so exactly one handshake goes on.
 func (t *Transport) supersedes(pend *pending, hello *helloInfo) bool {
 	if pend.callee != nil {
-		return !pend.callee.callsPrevail()
+		return !pend.callee.identity.prevails()
 	}
 	return pend.random != hello.random && (time.Since(pend.started) > helloPatience || t.halfOpen.isCompleted(pend))
 }
@@ -62,24 +73,30 @@ func (t *Transport) abandonCause(pend *pending) error {
 	return errReplaced
 }
 
-// accept starts to serve a handshake if the limits allow. Under load a stranger
-// first gets a cookie that costs no memory.
-func (t *Transport) accept(at path, d []byte, hello helloInfo, known bool) {
+// accept starts to serve a handshake if the limits allow: of the session that the hello names, or, where that is
+// nil, of who may prove to be a peer. Under load a stranger first gets a cookie that costs no memory.
+func (t *Transport) accept(at path, d []byte, hello *helloInfo, known bool, session *Session) {
 	proven := !known && t.helloVerifier.isAdmitted(at.remote)
-	if !known && !proven && t.halfOpen.underLoad() {
-		t.challenge(&at, &hello)
+	if !known && !proven && session == nil && t.halfOpen.underLoad() {
+		t.challenge(&at, hello)
 		return
 	}
 	ctx, cancel := context.WithTimeout(t.ctx, t.cfg.Timing.HandshakeTimeout)
 	ctx, abandon := context.WithCancelCause(ctx)
 	to := &path{conn: at.conn, remote: at.remote, local: at.local}
-	pend := &pending{abandon: abandon, random: hello.random}
+	pend := &pending{abandon: abandon, random: hello.random, remote: at.remote, session: session}
 	pend.conn = newHandshakeConn(at.conn.LocalAddr(), at.remote, func(d []byte) {
 		pend.sent(d)
 		t.sendDatagram(to, d)
 	})
 	pend.conn.addressVerified = proven
-	if reason, ok := t.halfOpen.addServed(at.remote, pend, known, proven); !ok {
+	reason, ok := DropSessionHandshakes, false
+	if session != nil {
+		ok = t.halfOpen.addSession(pend)
+	} else {
+		reason, ok = t.halfOpen.addServed(at.remote, pend, known, proven)
+	}
+	if !ok {
 		t.drops.add(reason, 1)
 		pend.conn.Close()
 		abandon(nil)

@@ -93,7 +93,7 @@ func (t *Transport) dial(ctx context.Context, p *peer) error {
 	if err != nil {
 		return err
 	}
-	patience := t.cfg.Timing.HandshakeTimeout / time.Duration(min(len(remotes), 3))
+	patience := p.timing.HandshakeTimeout / time.Duration(min(len(remotes), 3))
 	var errs []error
 	for _, remote := range remotes {
 		attempt, cancel := context.WithTimeout(ctx, patience)
@@ -121,15 +121,15 @@ func (t *Transport) dialTargets(ctx context.Context, p *peer) ([]netip.AddrPort,
 	if a := s.newest(); a != nil {
 		remotes = append(remotes, a.path.Load().remote)
 	}
-	if p.cfg.Endpoint == "" {
+	if p.endpoint == "" {
 		if len(remotes) == 0 {
 			return nil, errGone
 		}
 		return remotes, nil
 	}
-	resolved, err := t.resolve(ctx, p.cfg.Endpoint)
+	resolved, err := t.resolve(ctx, p.endpoint)
 	if err != nil && len(remotes) == 0 {
-		return nil, fmt.Errorf("endpoint %s: %w", p.cfg.Endpoint, err)
+		return nil, fmt.Errorf("endpoint %s: %w", p.endpoint, err)
 	}
 	for _, r := range resolved {
 		if !slices.Contains(remotes, r) && t.socketFor(r) != nil {
@@ -137,7 +137,7 @@ func (t *Transport) dialTargets(ctx context.Context, p *peer) ([]netip.AddrPort,
 		}
 	}
 	if len(remotes) == 0 {
-		return nil, fmt.Errorf("endpoint %s: no socket of ours reaches any of %v", p.cfg.Endpoint, resolved)
+		return nil, fmt.Errorf("endpoint %s: no socket of ours reaches any of %v", p.endpoint, resolved)
 	}
 	return remotes, nil
 }
@@ -157,12 +157,7 @@ func (t *Transport) call(ctx context.Context, p *peer, remote netip.AddrPort) er
 		hc.Close()
 		return err
 	}
-	s, err := t.handshaker.client(ctx, hc, func(k PublicKey) error {
-		if k != p.key {
-			return fmt.Errorf("%w: %v", errOtherKey, k)
-		}
-		return nil
-	})
+	s, err := p.identity.client(ctx, hc)
 	t.halfOpen.remove(remote, pend)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, errOtherKey) {
@@ -185,17 +180,38 @@ func handshakeCause(cause error) error {
 // already; it stays there until the association is confirmed, so that pion can
 // repeat its last flight.
 func (t *Transport) serve(ctx context.Context, pend *pending, at *path) {
-	s, err := t.handshaker.server(ctx, pend.conn, t.knownPeer)
+	s, err := t.answer(ctx, pend)
 	if err != nil {
 		t.halfOpen.remove(at.remote, pend)
 		t.log.Debug("handshake from stranger failed", "remote", at.remote, "err", err)
 		return
 	}
-	p := t.peerByKey(s.remote)
+	p := t.proven(pend, s)
 	if p == nil || !t.halfOpen.completed(at.remote, pend, s) || t.install(p, s, at) != nil {
 		t.halfOpen.remove(at.remote, pend)
 		<-s.retire()
 	}
+}
+
+// answer runs pion's part of a handshake that we serve.
+func (t *Transport) answer(ctx context.Context, pend *pending) (*agreement, error) {
+	if pend.session == nil {
+		return t.handshaker.server(ctx, pend.conn, t.knownPeer)
+	}
+	secret := pend.session.secret.Load()
+	if secret == nil {
+		pend.conn.Close()
+		return nil, errNoDatagrams
+	}
+	return t.handshaker.sessionServer(ctx, pend.conn, secret)
+}
+
+// proven is the peer with whom a handshake was completed, nil if it has left in the meantime.
+func (t *Transport) proven(pend *pending, s *agreement) *peer {
+	if pend.session != nil {
+		return pend.session.peer
+	}
+	return t.peerByKey(s.remote)
 }
 
 // install gives a completed handshake to its peer, unless that has a better one or is gone, and the pump's work to the

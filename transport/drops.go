@@ -8,27 +8,30 @@ type DropReason int
 
 // The reasons, in the order a packet could meet them: outbound, then inbound.
 const (
-	DropDeviceRead     DropReason = iota // outbound: the Device failed to give a packet
-	DropNoPeer                           // outbound: no peer has an allowed prefix for the destination
-	DropNotIP                            // outbound: neither IPv4 nor IPv6, or shorter than its header
-	DropNoAssociation                    // outbound: the peer is not connected and its waiting room is full
-	DropTooBig                           // outbound: larger than the path to the peer carries
-	DropSend                             // outbound: the socket refused the run
-	DropExhausted                        // outbound: the association ran out of sequence numbers before a rekey came through
-	DropMalformed                        // inbound: not a DTLS 1.2 record
-	DropUnknownRemote                    // inbound: a record from an address without an association
-	DropTrialLimit                       // inbound: more records from unknown addresses than are tried
-	DropReplay                           // inbound: seen before, or older than the replay window
-	DropAuthentication                   // inbound: no association opens the record
-	DropUnknownFrame                     // inbound: a frame type that is not ours
-	DropEmptyRecord                      // inbound: a record without a frame
-	DropSource                           // inbound: the packet's source is not among the peer's allowed prefixes
-	DropUnsolicited                      // inbound: a handshake record or alert that belongs to no handshake
-	DropHandshakeQueue                   // inbound: the handshake's queue was full
-	DropHalfOpen                         // inbound: too many half-open handshakes, in all or from the source
-	DropHalfOpenRate                     // inbound: hellos from unknown addresses came too fast
-	DropChallenged                       // inbound: a hello answered by a cookie, as strangers were many or a handshake was to end for it
-	DropDevice                           // inbound: the Device did not take the packet
+	DropDeviceRead        DropReason = iota // outbound: the Device failed to give a packet
+	DropNoPeer                              // outbound: no peer has an allowed prefix for the destination
+	DropNotIP                               // outbound: neither IPv4 nor IPv6, or shorter than its header
+	DropNoAssociation                       // outbound: the peer is not connected and its waiting room is full
+	DropTooBig                              // outbound: larger than the path to the peer carries
+	DropSend                                // outbound: the socket refused the run
+	DropExhausted                           // outbound: the association ran out of sequence numbers before a rekey came through
+	DropMalformed                           // inbound: not a DTLS 1.2 record
+	DropUnknownRemote                       // inbound: a record from an address without an association
+	DropTrialLimit                          // inbound: more records from unknown addresses than are tried
+	DropReplay                              // inbound: seen before, or older than the replay window
+	DropAuthentication                      // inbound: no association opens the record
+	DropUnknownFrame                        // inbound: a frame type that is not ours
+	DropEmptyRecord                         // inbound: a record without a frame
+	DropSource                              // inbound: the packet's source is not among the peer's allowed prefixes
+	DropUnsolicited                         // inbound: a handshake record or alert that belongs to no handshake
+	DropHandshakeQueue                      // inbound: the handshake's queue was full
+	DropHalfOpen                            // inbound: too many half-open handshakes, in all or from the source
+	DropHalfOpenRate                        // inbound: hellos from unknown addresses came too fast
+	DropChallenged                          // inbound: a hello answered by a cookie, as strangers were many or a handshake was to end for it
+	DropDevice                              // inbound: the Device did not take the packet
+	DropUnknownSession                      // inbound: a hello that names no session, or no peer can have sent
+	DropSessionHandshakes                   // inbound: too many handshakes of one session at once
+	DropStreamQueue                         // outbound: the stream of the session takes no more for now
 	numDropReasons
 )
 
@@ -54,6 +57,10 @@ var dropNames = [numDropReasons]string{
 	DropHalfOpenRate:   "hellos from unknown addresses too fast",
 	DropChallenged:     "hello answered by a cookie",
 	DropDevice:         "device refused the packet",
+
+	DropUnknownSession:    "hello of an unknown session",
+	DropSessionHandshakes: "too many handshakes of a session",
+	DropStreamQueue:       "stream queue full",
 }
 
 func (r DropReason) String() string {

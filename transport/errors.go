@@ -9,6 +9,14 @@ var (
 
 	// ErrClosed: the transport was closed.
 	ErrClosed = errors.New("transport closed")
+
+	// ErrStreamProtocol: the far end of a session sent what is no frame. The session is over.
+	ErrStreamProtocol = errors.New("not a CSTP frame")
+
+	errStreamEOF    = errors.New("the far end has closed the stream")
+	errStreamSilent = errors.New("the far end is silent")
+
+	errAppIDTaken = errors.New("the App-ID is another session's")
 )
 
 // Reasons why a handshake ended. They reach people through PeerStatus.LastError.
@@ -20,5 +28,6 @@ var (
 	errYielded     = errors.New("yielded to the peer's own call")
 	errEvicted     = errors.New("too many half-open handshakes")
 	errGone        = errors.New("it has no endpoint, and left before it was called")
+	errNoDatagrams = errors.New("the session has no datagram channel")
 	errReplaced    = errors.New("the remote started anew")
 )

@@ -191,7 +191,7 @@ func TestWholeFlightsForAResumingClient(t *testing.T) {
 		defer cancel()
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			config := s.config(new(attempt), s.suites, anyKey)
+			config := s.config(&attempt{verify: anyKey}, s.suites)
 			config.SessionStore = noSessions{}
 			config.MTU = 150 // ServerHello and ServerHelloDone are datagrams apart
 			config.ClientAuth = dtls.NoClientCert
@@ -201,7 +201,7 @@ func TestWholeFlightsForAResumingClient(t *testing.T) {
 				conn.Close()
 			}
 		})
-		config := c.config(new(attempt), c.suites, anyKey)
+		config := c.config(&attempt{verify: anyKey}, c.suites)
 		config.SessionStore = noSessions{}
 		config.GetClientCertificate = nil
 		config.Certificates = []tls.Certificate{}

@@ -5,6 +5,7 @@ import (
 	"container/list"
 	"context"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,7 +20,9 @@ const helloRate = 500
 // A pending is a handshake under way with one remote address.
 type pending struct {
 	conn    *handshakeConn
-	callee  *peer // whom we call; nil when the remote called us
+	callee  *peer    // whom we call; nil when the remote called us
+	session *Session // whose name the remote's hello bears; nil when it bears none
+	remote  netip.AddrPort
 	abandon context.CancelCauseFunc
 	started time.Time
 	random  [32]byte               // the client's, of a handshake that we serve
@@ -27,9 +30,10 @@ type pending struct {
 	source  netip.Prefix           // of a handshake that we serve
 
 	// Guarded by halfOpenTable.mu.
-	agreement *agreement      // set when complete and not yet confirmed
-	queue   *list.List    // the one of the table's that it is in
-	element *list.Element // and where
+	proved    bool          // of a session: the remote has answered what was sent to it
+	agreement *agreement    // set when complete and not yet confirmed
+	queue     *list.List    // the one of the table's that it is in
+	element   *list.Element // and where
 }
 
 // sent looks at a datagram of ours to the client, for pion's cookie.
@@ -177,10 +181,43 @@ func (h *halfOpenTable) evictLocked() bool {
 	return true
 }
 
+// maxSessionHandshakes is how many a session may have half open: one that goes on, one
+// that was given up, and room for those that somebody on the path sends under its name.
+const maxSessionHandshakes = 4
+
+// addSession enters a handshake that bears the name of p.session. The name is 32 random bytes that only the two ends
+// have seen, and those who see their datagrams. So the bounds for strangers are not for it, but one for the session; when
+// that is reached the oldest that has not been proven goes, then the oldest. It reports
+// false if there is none.
+func (h *halfOpenTable) addSession(p *pending) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p.started = time.Now()
+	s := p.session
+	if len(s.halfOpen) >= maxSessionHandshakes {
+		victim := s.halfOpen[0]
+		for _, q := range s.halfOpen {
+			if !q.proved {
+				victim = q
+				break
+			}
+		}
+		if victim.proved && time.Since(victim.started) < helloPatience {
+			return false // it may be the one that goes on
+		}
+		h.removeLocked(victim.remote, victim)
+		victim.abandon(errEvicted)
+	}
+	h.m[p.remote] = p
+	s.halfOpen = append(s.halfOpen, p)
+	return true
+}
+
 // prove marks that the remote of p has answered what was sent to it.
 func (h *halfOpenTable) prove(remote netip.AddrPort, p *pending) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	p.proved = true
 	if p.queue == h.unproven && p.element != nil {
 		h.enqueueLocked(h.proven, remote, p)
 	}
@@ -200,6 +237,7 @@ func (h *halfOpenTable) completed(remote netip.AddrPort, p *pending, s *agreemen
 	defer h.mu.Unlock()
 	p.agreement = s
 	h.dequeueLocked(p)
+	p.leaveSession()
 	return h.m[remote] == p
 }
 
@@ -229,4 +267,12 @@ func (h *halfOpenTable) removeLocked(remote netip.AddrPort, p *pending) {
 		}
 	}
 	h.dequeueLocked(p)
+	p.leaveSession()
+}
+
+// leaveSession takes p out of the bound of its session. The table's mu is held.
+func (p *pending) leaveSession() {
+	if s := p.session; s != nil {
+		s.halfOpen = slices.DeleteFunc(s.halfOpen, func(q *pending) bool { return q == p })
+	}
 }

@@ -121,7 +121,7 @@ func echoing(hello, request []byte) []byte {
 func TestForgedHelloEndsNoCall(t *testing.T) {
 	hello := captureHello(t)
 	var p *peer
-	for p == nil || p.callsPrevail() {
+	for p == nil || p.identity.prevails() {
 		p = lonePeer(t, "192.0.2.2:2")
 	}
 	tr, sink := p.t, p.t.conns[0].(*sinkConn)

@@ -60,7 +60,7 @@ type handshaker struct {
 	log            *slog.Logger
 }
 
-// newHandshaker makes a handshaker from a node's key. suites in order of preference, nil for
+// newHandshaker makes a handshaker from a node's key; a zero key makes one for sessions alone. suites in order of preference, nil for
 // the default; flightInterval 0 for the default; log nil for none.
 func newHandshaker(key PrivateKey, suites []CipherSuite, flightInterval time.Duration, log *slog.Logger) (*handshaker, error) {
 	if len(suites) == 0 {
@@ -77,19 +77,25 @@ func newHandshaker(key PrivateKey, suites []CipherSuite, flightInterval time.Dur
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	certificate, err := selfSigned(key)
-	if err != nil {
-		return nil, err
+	h := &handshaker{suites: slices.Clone(suites), flightInterval: flightInterval, log: log}
+	if key.IsZero() {
+		return h, nil
 	}
-	return &handshaker{certificate, slices.Clone(suites), flightInterval, log}, nil
+	var err error
+	h.certificate, err = selfSigned(key)
+	return h, err
 }
+
+// hasKey tells whether there is a certificate to show.
+func (h *handshaker) hasKey() bool { return len(h.certificate.Certificate) > 0 }
 
 // client opens an agreement over conn, which it takes. verify is called with the key that
 // the server has proved to hold, before our own proof leaves; it may be called more than
 // once, from another goroutine, and what it returns ends the handshake with an alert to
 // the peer and is wrapped in the error returned. It waits until ctx ends.
 func (h *handshaker) client(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error) (*agreement, error) {
-	return h.run(ctx, conn, verify, h.suites, true)
+	a := &attempt{verify: verify}
+	return h.run(ctx, conn, a, h.config(a, h.suites), true)
 }
 
 // server answers a client over conn, which it takes, and into which the ClientHello was
@@ -100,7 +106,8 @@ func (h *handshaker) server(ctx context.Context, conn *handshakeConn, verify fun
 	if hello, ok := conn.firstHello(); ok {
 		suites = h.suitesFor(&hello)
 	}
-	return h.run(ctx, conn, verify, suites, false)
+	a := &attempt{verify: verify}
+	return h.run(ctx, conn, a, h.config(a, suites), false)
 }
 
 // suitesFor narrows our suites for a client. pion as a server goes by the client's
@@ -116,15 +123,14 @@ func (h *handshaker) suitesFor(hello *helloInfo) []CipherSuite {
 // attempt is what one handshake finds out by the callbacks of pion.
 type attempt struct {
 	capture suiteCapture
+	verify  func(PublicKey) error // nil where a shared secret proves all there is to prove
 
 	mu     sync.Mutex
 	remote PublicKey
 	err    error // of verify
 }
 
-func (h *handshaker) run(ctx context.Context, conn *handshakeConn, verify func(PublicKey) error, suites []CipherSuite, isClient bool) (*agreement, error) {
-	a := new(attempt)
-	config := h.config(a, suites, verify)
+func (h *handshaker) run(ctx context.Context, conn *handshakeConn, a *attempt, config *dtls.Config, isClient bool) (*agreement, error) {
 	config.InsecureSkipVerifyHello = conn.addressVerified
 	start := dtls.ServerWithContext
 	if isClient {
@@ -147,8 +153,8 @@ func (h *handshaker) run(ctx context.Context, conn *handshakeConn, verify func(P
 	return s, nil
 }
 
-// config is what pion is told for one attempt.
-func (h *handshaker) config(a *attempt, suites []CipherSuite, verify func(PublicKey) error) *dtls.Config {
+// config is what pion is told for one attempt with certificates.
+func (h *handshaker) config(a *attempt, suites []CipherSuite) *dtls.Config {
 	return &dtls.Config{
 		Certificates: []tls.Certificate{h.certificate},
 		// A server may name authorities; ours is none of them, and sent all the same.
@@ -163,18 +169,18 @@ func (h *handshaker) config(a *attempt, suites []CipherSuite, verify func(Public
 		ExtendedMasterSecret: dtls.RequestExtendedMasterSecret,
 		// Chains and names mean nothing here: the key decides, below.
 		InsecureSkipVerify:    true,
-		VerifyPeerCertificate: func(rawCerts [][]byte, _ [][]*x509.Certificate) error { return a.verify(rawCerts, verify) },
+		VerifyPeerCertificate: func(rawCerts [][]byte, _ [][]*x509.Certificate) error { return a.verifyKey(rawCerts) },
 		FlightInterval:        h.flightInterval,
 		MTU:                   handshakeMTU,
 		LoggerFactory:         pionLog{h.log},
 	}
 }
 
-// verify judges the certificate whose key the peer has just proved to hold.
-func (a *attempt) verify(rawCerts [][]byte, verify func(PublicKey) error) error {
+// verifyKey judges the certificate whose key the peer has just proved to hold.
+func (a *attempt) verifyKey(rawCerts [][]byte) error {
 	key, err := remotePublicKey(rawCerts)
 	if err == nil {
-		err = verify(key)
+		err = a.verify(key)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -213,15 +219,9 @@ type pionState struct {
 // takeOver turns a finished pion handshake into an agreement.
 func takeOver(pion *dtls.Conn, conn *handshakeConn, a *attempt, isClient bool) (*agreement, error) {
 	state := pion.ConnectionState()
-	remote, err := remotePublicKey(state.PeerCertificates)
+	remote, err := a.verified(&state)
 	if err != nil {
-		return nil, fmt.Errorf("handshake: %w", err)
-	}
-	a.mu.Lock()
-	verified := a.err == nil && a.remote == remote
-	a.mu.Unlock()
-	if !verified {
-		return nil, errors.New("handshake: the certificate is not the one that was verified")
+		return nil, err
 	}
 	// A State with a custom suite cannot be marshalled: it has forgotten the suite.
 	keys := a.capture.keys.Load()
@@ -231,6 +231,23 @@ func takeOver(pion *dtls.Conn, conn *handshakeConn, a *attempt, isClient bool) (
 		}
 	}
 	return newAgreement(keys, remote, isClient, pion, conn), nil
+}
+
+// verified returns the key that the peer has proved to hold, none where the proof was a shared secret.
+func (a *attempt) verified(state *dtls.State) (PublicKey, error) {
+	if a.verify == nil {
+		return PublicKey{}, nil
+	}
+	remote, err := remotePublicKey(state.PeerCertificates)
+	if err != nil {
+		return PublicKey{}, fmt.Errorf("handshake: %w", err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err != nil || a.remote != remote {
+		return PublicKey{}, errors.New("handshake: the certificate is not the one that was verified")
+	}
+	return remote, nil
 }
 
 // exportKeys reads the keys of one of pion's own suites out of its State.

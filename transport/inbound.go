@@ -76,9 +76,7 @@ type inbound struct {
 	newest  bool         // and one newer than any before
 	counted struct{ packets, bytes int }
 
-	lastSource netip.Addr         // last source found to be allowed
-	lastPeer   *peer              // for this peer
-	lastFrom   *bart.Table[*peer] // in this table
+	source sourceCheck
 
 	// What must wait until inMu is released.
 	echoes  [][]byte // records of DPD-REQs, opened; slices of the receive buffers
@@ -165,6 +163,9 @@ func (in *inbound) release(at path) {
 	a.inMu.Unlock()
 	p := a.peer
 	p.in.add(in.counted.packets, in.counted.bytes)
+	if in.counted.packets > 0 && p.detour.Load() != nil && a == p.slots.Load().current {
+		p.session.heardDatagrams()
+	}
 	in.counted.packets, in.counted.bytes = 0, 0
 	if in.heard {
 		a.lastInbound.Store(in.now)
@@ -405,7 +406,12 @@ func (in *inbound) frame(a *association, record, plain []byte) {
 			in.answers = append(in.answers, dpdAnswer{int64(binary.BigEndian.Uint64(body)), len(body)})
 		} // else a stranger's
 	case frameDisconnect, frameTerminate:
-		in.later = append(in.later, func() { a.peer.goodbye(a) })
+		if s := a.peer.session; s != nil {
+			g := newGoodbye(frameType(plain[0]), body)
+			in.later = append(in.later, func() { s.goodbye(nil, a, g) })
+		} else {
+			in.later = append(in.later, func() { a.peer.goodbye(a) })
+		}
 	case frameKeepalive:
 	default:
 		in.t.drops.add(DropUnknownFrame, 1)
@@ -424,7 +430,7 @@ func (in *inbound) packet(p *peer, record []byte, n int) {
 	end := len(record) - tagSize
 	packet := record[end-n : end]
 	src, ok := source(packet)
-	if !ok || !in.allowed(p, src) {
+	if !ok || !in.source.allowed(in.t, p, src) {
 		in.t.drops.add(DropSource, 1)
 		return
 	}
@@ -433,15 +439,22 @@ func (in *inbound) packet(p *peer, record []byte, n int) {
 	in.packets = append(in.packets, record[end-n-deviceOffset:end:end])
 }
 
-func (in *inbound) allowed(p *peer, src netip.Addr) bool {
-	routes := in.t.routes.Load()
-	if src == in.lastSource && p == in.lastPeer && in.lastFrom == routes {
+// sourceCheck tells which sources a peer may send from. Neighbours mostly share one, so the last answer is kept.
+type sourceCheck struct {
+	src  netip.Addr         // last source found to be allowed
+	peer *peer              // for this peer
+	from *bart.Table[*peer] // in this table
+}
+
+func (c *sourceCheck) allowed(t *Transport, p *peer, src netip.Addr) bool {
+	routes := t.routes.Load()
+	if src == c.src && p == c.peer && c.from == routes {
 		return true
 	}
 	owner, _ := routes.Lookup(src)
 	if owner != p {
 		return false
 	}
-	in.lastSource, in.lastPeer, in.lastFrom = src, p, routes
+	c.src, c.peer, c.from = src, p, routes
 	return true
 }

@@ -1,8 +1,10 @@
 package transport
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"time"
 )
@@ -43,7 +45,7 @@ func (p *peer) step() {
 	var after actions
 	next := now + int64(farAway)
 	for _, due := range []func(int64, *actions) int64{
-		p.expireLocked, p.confirmingLocked, p.livenessLocked, p.mtuLocked, p.dialLocked,
+		p.expireLocked, p.confirmingLocked, p.livenessLocked, p.streamLocked, p.mtuLocked, p.dialLocked,
 	} {
 		next = min(next, due(now, &after))
 	}
@@ -65,7 +67,7 @@ const never = int64(1) << 62
 func (p *peer) expireLocked(now int64, after *actions) (due int64) {
 	s := *p.slots.Load()
 	due = never
-	tm := &p.t.cfg.Timing
+	tm := p.timing
 	drop := func(slot **association, life time.Duration) {
 		a := *slot
 		if a == nil {
@@ -126,7 +128,10 @@ func (p *peer) livenessLocked(now int64, after *actions) (due int64) {
 	if a == nil {
 		return never
 	}
-	tm := &p.t.cfg.Timing
+	tm := p.timing
+	if p.session != nil {
+		return min(p.session.watchLocked(a, now, after), p.keepaliveLocked(a, now, after))
+	}
 	heard := p.lastInbound.Load()
 	if p.dpd.asked != 0 && heard > p.dpd.asked {
 		p.dpd.asked = 0
@@ -142,16 +147,41 @@ func (p *peer) livenessLocked(now int64, after *actions) (due int64) {
 		}
 		due = again
 	}
-	if tm.Keepalive > 0 {
-		idle := p.lastOutbound.Load() + int64(tm.Keepalive)
-		if now >= idle {
-			after.add(func() { p.t.sendFrame(a, frameKeepalive, nil) })
-			p.lastOutbound.Store(now)
-			idle = now + int64(tm.Keepalive)
-		}
-		due = min(due, idle)
+	return min(due, p.keepaliveLocked(a, now, after))
+}
+
+// keepaliveLocked keeps NATs open.
+func (p *peer) keepaliveLocked(a *association, now int64, after *actions) (due int64) {
+	pause := int64(p.timing.Keepalive)
+	if pause <= 0 {
+		return never
+	}
+	due = p.lastOutbound.Load() + pause
+	if now >= due {
+		after.add(func() { p.t.sendFrame(a, frameKeepalive, nil) })
+		p.lastOutbound.Store(now)
+		due = now + pause
 	}
 	return due
+}
+
+// streamLocked sees to the stream of a session, and to packets that have waited too long for one.
+func (p *peer) streamLocked(now int64, after *actions) (due int64) {
+	s := p.session
+	if s == nil {
+		return never
+	}
+	if s.stream != nil {
+		return s.stream.livenessLocked(now, after)
+	}
+	if len(p.waiting.packets) == 0 {
+		return never
+	}
+	if due = p.waiting.since + int64(p.timing.HandshakeTimeout); now < due {
+		return due
+	}
+	p.t.drops.add(DropNoAssociation, len(p.waiting.take()))
+	return never
 }
 
 // askLocked sends a DPD-REQ padded to size bytes of body (0: the shortest).
@@ -173,6 +203,9 @@ func (p *peer) answered(r dpdAnswer) {
 		return // a stranger's
 	}
 	p.rtt = time.Duration(now - r.sent)
+	if p.session != nil {
+		p.session.answeredLocked(r.sent)
+	}
 	if p.mtu.answered(r.size, r.sent, now) {
 		p.wakeLocked()
 	}
@@ -222,18 +255,27 @@ func (p *peer) tooBig(size int) {
 // peer is dead, or the keys are old.
 func (p *peer) dialLocked(now int64, after *actions) (due int64) {
 	s := p.slots.Load()
-	tm := &p.t.cfg.Timing
+	tm := p.timing
 	want := never
 	switch {
-	case p.dialling || s.next != nil:
+	case p.dialling || !p.identity.calls():
+		return never
+	case p.session != nil && p.session.redial:
+		want = 0
+	case s.next != nil:
 		return never
 	case s.current == nil:
-		if p.cfg.Endpoint != "" {
+		if p.endpoint != "" {
 			want = 0
 		}
+	case p.session != nil:
+		if w := &p.session.watch; !w.alive {
+			want = w.died + int64(2*tm.HandshakeRetry)
+		}
+		want = min(want, p.rekeyDueLocked(s.current, now))
 	default:
 		want = p.lastInbound.Load() + int64(tm.DPDTimeout)
-		if p.cfg.Endpoint == "" && now >= want && now-want > int64(tm.DPDTimeout) {
+		if p.endpoint == "" && now >= want && now-want > int64(tm.DPDTimeout) {
 			want = never // it will call us
 		}
 		want = min(want, p.rekeyDueLocked(s.current, now))
@@ -250,7 +292,7 @@ func (p *peer) dialLocked(now int64, after *actions) (due int64) {
 // rekeyDueLocked is when a's keys are to be replaced. The responder waits a
 // tenth longer, so that the two sides do not start at once.
 func (p *peer) rekeyDueLocked(a *association, now int64) int64 {
-	tm := &p.t.cfg.Timing
+	tm := p.timing
 	if a.nextSeq.Load() >= tm.RekeyAfterRecords {
 		return now
 	}
@@ -271,19 +313,26 @@ func (p *peer) dialDone(err error) {
 	}
 	now := p.t.clock.now()
 	switch {
+	case p.session != nil && p.session.again: // it was given up for a new secret
+		p.session.again = false
+		p.nextDial = now
 	case errors.Is(err, errYielded) || errors.Is(err, errBusy): // the peer calls us
 		p.nextDial = now + int64(p.backoffLocked())
 	case err != nil:
-		if now-p.waiting.since > int64(p.t.cfg.Timing.HandshakeTimeout) {
+		if now-p.waiting.since > int64(p.timing.HandshakeTimeout) {
 			// Nobody waits for these any more, and fresher ones want the room.
 			p.t.drops.add(DropNoAssociation, len(p.waiting.take()))
 		}
 		p.lastErr = err
 		p.nextDial = now + int64(p.backoffLocked())
 		p.attempts++
-		p.t.log.Warn("handshake failed", "peer", p.name, "err", err, "attempt", p.attempts, "retry_in", time.Duration(p.nextDial-now).Round(time.Millisecond))
+		level := slog.LevelWarn
+		if p.session != nil && p.attempts > 1 { // with datagrams blocked this goes on for ever, and packets have another way
+			level = slog.LevelDebug
+		}
+		p.t.log.Log(context.Background(), level, "handshake failed", "peer", p.name, "err", err, "attempt", p.attempts, "retry_in", time.Duration(p.nextDial-now).Round(time.Millisecond))
 	default:
-		p.nextDial = now + int64(p.t.cfg.Timing.HandshakeRetry)
+		p.nextDial = now + int64(p.timing.HandshakeRetry)
 	}
 	p.wakeLocked()
 }
@@ -291,7 +340,7 @@ func (p *peer) dialDone(err error) {
 // backoffLocked doubles from HandshakeRetry to HandshakeRetryMax, each with up to
 // a third of jitter so that many peers of one that vanished do not come in step.
 func (p *peer) backoffLocked() time.Duration {
-	tm := &p.t.cfg.Timing
+	tm := p.timing
 	d := tm.HandshakeRetry << min(p.attempts, 10)
 	if d > tm.HandshakeRetryMax || d <= 0 {
 		d = tm.HandshakeRetryMax

@@ -63,6 +63,7 @@ func TestOnlyEstablishedPeersCountForTheMTU(t *testing.T) {
 	var said []int
 	tr.cfg.PathMTUChanged = func(mtu int) { said = append(said, mtu) }
 	tr.peers[p.key] = p
+	tr.searchListLocked()
 	p.mtu.use = 1300
 	p.step()
 	if len(said) != 0 {

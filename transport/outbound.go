@@ -107,6 +107,14 @@ func (o *outbound) sealNext(i, n int) int {
 		}
 		k++
 	}
+	if st := p.detour.Load(); st != nil {
+		o.divert(p, st, i, k)
+		return k
+	}
+	if p.resting.Load() {
+		p.resting.Store(false)
+		p.wake()
+	}
 	a := p.slots.Load().current
 	if a == nil {
 		if a = o.stage(p, i, k); a == nil {
@@ -128,10 +136,17 @@ func (o *outbound) sealNext(i, n int) int {
 		}
 		o.append(a, a.sealFrame(o.bufs[j][:cap(o.bufs[j])], size, frameData, seq+uint64(j-i), &o.scratch), size)
 	}
-	if a.nextSeq.Load() >= o.t.cfg.Timing.RekeyAfterRecords && seq < o.t.cfg.Timing.RekeyAfterRecords {
+	if due := p.timing.RekeyAfterRecords; a.nextSeq.Load() >= due && seq < due {
 		p.wake()
 	}
 	return k
+}
+
+// divert queues the k packets from i on for the stream of p's session.
+func (o *outbound) divert(p *peer, st *stream, i, k int) {
+	packets, bytes := st.sendPackets(o, i, k)
+	p.out.add(packets, bytes)
+	p.session.byStream.out.add(packets, bytes)
 }
 
 // stage leaves the k packets from i on in p's waiting room, or returns the
@@ -141,6 +156,10 @@ func (o *outbound) stage(p *peer, i, k int) *association {
 	defer p.mu.Unlock()
 	if a := p.slots.Load().current; a != nil {
 		return a // what has waited was taken by now; the next to take it would come an hour later
+	}
+	if st := p.detour.Load(); st != nil { // likewise
+		o.divert(p, st, i, k)
+		return nil
 	}
 	for j := i; j < i+k; j++ {
 		if !p.stageLocked(o.packet(j)) {

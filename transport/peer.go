@@ -1,26 +1,30 @@
 package transport
 
 import (
-	"bytes"
 	"context"
-	"fmt"
 	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// A peer is a static peer and everything that lives as long as it is
-// configured. The pumps use the atomic fields; all else is guarded by mu and
-// moved on by step, which the peer's timer calls.
+// A peer is who is at the other end of a tunnel, and everything that lives as long as it is
+// configured: a static peer, or the datagram half of a session. The pumps use the atomic fields; all else is
+// guarded by mu and moved on by step, which the peer's timer calls.
 type peer struct {
-	t    *Transport
-	name string
-	key  PublicKey
-	cfg  PeerConfig
+	t        *Transport
+	name     string
+	identity identity
+	key      PublicKey // zero for a session
+	session  *Session  // nil for a static peer
+	endpoint string
+	allowed  []netip.Prefix
+	timing   *Timing
 
-	slots    atomic.Pointer[slots] // replaced under mu
-	innerMTU atomic.Int32          // largest packet the path carries
+	slots    atomic.Pointer[slots]  // replaced under mu
+	innerMTU atomic.Int32           // largest packet the path carries
+	detour   atomic.Pointer[stream] // of a session: packets go there, not to an association; replaced under mu
+	resting  atomic.Bool            // of a session: the next packet outbound is to wake step
 
 	lastInbound  atomic.Int64 // clock reading of the last authenticated record
 	lastOutbound atomic.Int64 // of the last record sent
@@ -60,26 +64,39 @@ func (c *traffic) add(packets, bytes int) {
 	c.bytes.Add(uint64(bytes))
 }
 
+// newPeer makes a static peer. It takes cfg.
 func newPeer(t *Transport, cfg PeerConfig) *peer {
-	p := &peer{t: t, name: cfg.Name, key: cfg.PublicKey, cfg: cfg}
+	p := &peer{
+		t: t, name: cfg.Name, identity: pinnedKey{t, cfg.PublicKey}, key: cfg.PublicKey,
+		endpoint: cfg.Endpoint, allowed: cfg.AllowedIPs, timing: &t.cfg.Timing,
+	}
 	if p.name == "" {
 		p.name = cfg.PublicKey.String()[:8]
 	}
-	p.slots.Store(new(slots))
-	p.innerMTU.Store(int32(t.cfg.InnerMTU))
-	p.mtu.init(t.cfg.InnerMTU)
+	p.init(t.cfg.InnerMTU)
 	return p
+}
+
+// init makes p ready for start. Its path is taken to carry packets of mtu bytes, and not asked for more.
+func (p *peer) init(mtu int) {
+	p.slots.Store(new(slots))
+	p.innerMTU.Store(int32(mtu))
+	p.mtu.init(mtu)
 }
 
 // start arms the timer; a peer with an endpoint is called at once.
 func (p *peer) start() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.startLocked()
+}
+
+func (p *peer) startLocked() {
 	p.timer = time.AfterFunc(0, p.step)
 }
 
-// stop says goodbye and forgets the associations.
-func (p *peer) stop() {
+// stop says goodbye, with body as the DISCONNECT unless it is nil, and forgets the associations.
+func (p *peer) stop(body []byte) {
 	p.mu.Lock()
 	if p.stopped {
 		p.mu.Unlock()
@@ -95,7 +112,9 @@ func (p *peer) stop() {
 	p.waiting = waitingRoom{}
 	p.mu.Unlock()
 	for a := range s.each {
-		p.t.sendFrame(a, frameDisconnect, disconnectBody)
+		if body != nil {
+			p.t.sendFrame(a, frameDisconnect, body)
+		}
 		p.t.sendCloseNotify(a)
 		p.mu.Lock()
 		p.retireLocked(a)
@@ -111,7 +130,7 @@ func (p *peer) wake() {
 }
 
 func (p *peer) wakeLocked() {
-	if !p.stopped {
+	if !p.stopped && p.timer != nil {
 		p.timer.Reset(0)
 	}
 }
@@ -119,6 +138,9 @@ func (p *peer) wakeLocked() {
 // setSlotsLocked swaps the associations and drops the addresses no longer used.
 func (p *peer) setSlotsLocked(s *slots) {
 	p.slots.Store(s)
+	if p.session != nil && s.current == nil {
+		p.session.disassociatedLocked()
+	}
 	p.t.remotes.keepOnly(p, s)
 	kept := p.addresses[:0]
 	for _, a := range p.addresses {
@@ -160,10 +182,13 @@ func (p *peer) install(s *agreement, at *path) error {
 	a.lastInbound.Store(p.t.clock.now())
 	old := p.slots.Load()
 	if rival := old.next; rival != nil {
-		if rival.initiator == p.callsPrevail() && a.initiator != rival.initiator && time.Since(rival.born) < confirmPatience {
+		if rival.initiator == p.identity.prevails() && a.initiator != rival.initiator && time.Since(rival.born) < confirmPatience {
 			return errYielded
 		}
 		p.retireLocked(rival)
+	}
+	if p.session != nil && s.secret == p.session.secret.Load() {
+		p.session.redial = false
 	}
 	p.claimLocked(at.remote)
 	p.setSlotsLocked(&slots{current: old.current, next: a, previous: old.previous})
@@ -172,17 +197,14 @@ func (p *peer) install(s *agreement, at *path) error {
 	return nil
 }
 
-// callsPrevail tells whether, of two handshakes at once, the one that we began goes
-// on: ours if our key is the larger. Both sides go by it. Where both calls use the
-// same two addresses the half-open table sees to that; else, as with a NAT or IPv4 one way and IPv6 the
-// other, both complete, in another order on each side, and the one that stands must still be the same.
-func (p *peer) callsPrevail() bool { return bytes.Compare(p.t.public[:], p.key[:]) > 0 }
-
 // confirm is called when a has opened its first record: the peer has it too.
 func (p *peer) confirm(a *association) {
 	p.mu.Lock()
 	p.retireLocked(a)
 	waiting := p.promoteLocked(a)
+	if p.session != nil {
+		p.session.reviveLocked("datagrams arrive")
+	}
 	p.mu.Unlock()
 	p.t.sendWaiting(a, waiting)
 }
@@ -234,7 +256,7 @@ func (p *peer) goodbye(a *association) {
 		s.current = nil
 		p.t.log.Info("peer said goodbye", "peer", p.name)
 		// It may come back at once, but gets a moment first.
-		p.nextDial = p.t.clock.now() + int64(p.t.cfg.Timing.HandshakeRetry)
+		p.nextDial = p.t.clock.now() + int64(p.timing.HandshakeRetry)
 	case s.next:
 		s.next = nil
 	case s.previous:
@@ -287,7 +309,7 @@ func (p *peer) reclaim(a *association, at netip.AddrPort) {
 // stageLocked keeps a copy of a packet for a peer that is not connected yet; step
 // calls such a peer as soon as it may anyhow. It reports whether the packet was kept.
 func (p *peer) stageLocked(packet []byte) bool {
-	if p.stopped || (p.cfg.Endpoint == "" && p.slots.Load().newest() == nil) {
+	if p.stopped || (p.endpoint == "" && p.session == nil && p.slots.Load().newest() == nil) {
 		return false
 	}
 	return p.waiting.add(packet, p.t.clock.now())
@@ -329,12 +351,12 @@ func (p *peer) stateLocked() PeerState {
 	s := p.slots.Load()
 	silent := p.t.clock.now() - p.lastInbound.Load()
 	switch {
-	case s.current != nil && silent < int64(p.t.cfg.Timing.DPDTimeout)+int64(time.Second):
+	case p.session != nil && p.session.stream != nil:
 		return PeerEstablished
-	case s.next != nil || p.dialling || p.cfg.Endpoint != "":
+	case s.current != nil && silent < int64(p.timing.DPDTimeout)+int64(time.Second):
+		return PeerEstablished
+	case s.next != nil || p.dialling || p.endpoint != "":
 		return PeerConnecting
 	}
 	return PeerIdle
 }
-
-func (p *peer) String() string { return fmt.Sprintf("%s (%s)", p.name, p.key) }

@@ -9,6 +9,7 @@ import (
 // are not taken at one instant.
 type Status struct {
 	Peers    []PeerStatus      `json:"peers"`
+	Sessions []SessionStatus   `json:"sessions,omitempty"`
 	Sockets  []SocketStatus    `json:"sockets"`
 	Drops    map[string]uint64 `json:"drops"` // by DropReason, only what happened
 	HalfOpen int               `json:"half_open"`
@@ -68,6 +69,9 @@ func (t *Transport) Status() Status {
 	for _, p := range t.sortedPeers() {
 		s.Peers = append(s.Peers, p.status())
 	}
+	for _, session := range t.sessionList() {
+		s.Sessions = append(s.Sessions, session.Status())
+	}
 	return s
 }
 
@@ -75,7 +79,7 @@ func (p *peer) status() PeerStatus {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	st := PeerStatus{
-		Name: p.name, PublicKey: p.key, Endpoint: p.cfg.Endpoint, AllowedIPs: p.cfg.AllowedIPs,
+		Name: p.name, PublicKey: p.key, Endpoint: p.endpoint, AllowedIPs: p.allowed,
 		State:           p.stateLocked(),
 		InnerMTU:        int(p.innerMTU.Load()),
 		OutboundPackets: p.out.packets.Load(), OutboundBytes: p.out.bytes.Load(),

@@ -24,7 +24,7 @@ func TestStrangerIsAPeer(t *testing.T) {
 		timing := quick
 		timing.DPDTimeout = 10 * time.Second
 		n := newTestNode(t, "10.0.0.2", timing, listenLoopback(t))
-		id := newIdentity(t)
+		id := newKeyFiles(t)
 		packetSource := netip.MustParseAddr("48.48.48.48") // "0000": what a keyboard can type
 		err := n.AddPeer(PeerConfig{Name: s.name, PublicKey: id.key.Public(), AllowedIPs: []netip.Prefix{netip.PrefixFrom(packetSource, 32)}})
 		if err != nil {
@@ -61,10 +61,10 @@ func TestStrangerIsAPeer(t *testing.T) {
 func TestStrangerIsNoPeer(t *testing.T) {
 	forEachStranger(t, isClient, func(t *testing.T, s stranger) {
 		n := newTestNode(t, "10.0.0.2", quick, listenLoopback(t))
-		if err := n.AddPeer(PeerConfig{PublicKey: newIdentity(t).key.Public()}); err != nil {
+		if err := n.AddPeer(PeerConfig{PublicKey: newKeyFiles(t).key.Public()}); err != nil {
 			t.Fatal(err)
 		}
-		p := s.client(t, AES128GCM, newIdentity(t), fmt.Sprint(n.Status().Sockets[0].Local.Port()))
+		p := s.client(t, AES128GCM, newKeyFiles(t), fmt.Sprint(n.Status().Sockets[0].Local.Port()))
 		p.waitExit()
 		if said := strings.ToLower(p.said()); !strings.Contains(said, "bad certificate") && !strings.Contains(said, "certificate is bad") {
 			t.Errorf("it was not told why:\n%s", said)

@@ -30,6 +30,8 @@ var suites = []suiteParams{
 	{AES128GCM, "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", 16, 4, sha256.New, newAESGCM, false},
 	{AES256GCM, "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384", 32, 4, sha512.New384, newAESGCM, false},
 	{ChaCha20Poly1305, "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256", 32, 12, sha256.New, chacha20poly1305.New, false},
+	{PSKAES256GCM, "TLS_PSK_WITH_AES_256_GCM_SHA384", 32, 4, sha512.New384, newAESGCM, true},
+	{PSKAES128GCM, "TLS_PSK_WITH_AES_128_GCM_SHA256", 16, 4, sha256.New, newAESGCM, true},
 }
 
 func newAESGCM(key []byte) (cipher.AEAD, error) {
@@ -67,6 +69,10 @@ func defaultSuites() []CipherSuite {
 	}
 	return []CipherSuite{ChaCha20Poly1305, AES128GCM, AES256GCM}
 }
+
+// sessionSuites are those of sessions, in order of preference. GnuTLS and ocserv have both. The
+// second is for those who lack the first; with ECDHE_PSK pion v2 is open to CVE-2026-54908, so there is none of it.
+var sessionSuites = []CipherSuite{PSKAES256GCM, PSKAES128GCM}
 
 // hasAESGCM tells whether the CPU has AES and carry-less multiplication, in the
 // combinations for which crypto/aes has assembly.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -37,10 +38,13 @@ type Transport struct {
 
 	searchList atomic.Pointer[[]*peer] // every peer, for records from unknown addresses; replaced whole under mu
 
-	mu     sync.Mutex // guards peers, closed and the replacing of routes and searchList
-	peers  map[PublicKey]*peer
-	closed bool
-	done   chan struct{} // closed when Close has finished
+	apps appTable // sessions that a hello may name; changed under mu
+
+	mu       sync.Mutex // guards peers, sessions, closed and the replacing of routes and searchList
+	peers    map[PublicKey]*peer
+	sessions map[*Session]struct{}
+	closed   bool
+	done     chan struct{} // closed when Close has finished
 
 	spawnMu sync.Mutex // guards wg.Add against wg.Wait
 	joining bool       // Close is in wg.Wait
@@ -69,8 +73,6 @@ func New(cfg Config) (*Transport, error) {
 
 func newTransport(cfg Config) (*Transport, error) {
 	switch {
-	case cfg.Key.IsZero():
-		return nil, errors.New("transport: no private key")
 	case len(cfg.Conns) == 0:
 		return nil, errors.New("transport: no socket")
 	case cfg.Device == nil:
@@ -81,15 +83,19 @@ func newTransport(cfg Config) (*Transport, error) {
 	cfg.setDefaults()
 	t := &Transport{
 		cfg:      cfg,
-		public:   cfg.Key.Public(),
 		conns:    cfg.Conns,
 		log:      cfg.Logger,
 		clock:    newClock(),
 		halfOpen: newHalfOpenTable(cfg.MaxHalfOpen, cfg.MaxHalfOpenPerSource),
 		peers:    make(map[PublicKey]*peer),
+		sessions: make(map[*Session]struct{}),
 		done:     make(chan struct{}),
 		smallest: cfg.InnerMTU,
 	}
+	if !cfg.Key.IsZero() {
+		t.public = cfg.Key.Public()
+	}
+	t.apps.m = make(map[string]*Session)
 	t.remotes.m = make(map[netip.AddrPort]*peer)
 	t.routes.Store(new(bart.Table[*peer]))
 	t.searchList.Store(new([]*peer))
@@ -119,18 +125,36 @@ func (t *Transport) AddPeer(cfg PeerConfig) error {
 	if err := t.admitLocked(cfg); err != nil {
 		return fmt.Errorf("peer %s: %w", p.name, err)
 	}
-	routes := t.routes.Load()
-	for _, pfx := range cfg.AllowedIPs {
-		routes = routes.InsertPersist(pfx, p)
-	}
 	t.peers[cfg.PublicKey] = p
-	t.routes.Store(routes)
-	t.searchListLocked()
+	t.enterLocked(p)
 	p.start()
 	return nil
 }
 
+// enterLocked makes the pumps find p, which is among peers or sessions already.
+func (t *Transport) enterLocked(p *peer) {
+	routes := t.routes.Load()
+	for _, pfx := range p.allowed {
+		routes = routes.InsertPersist(pfx, p)
+	}
+	t.routes.Store(routes)
+	t.searchListLocked()
+}
+
+// leaveLocked undoes enterLocked for p, which is among peers or sessions no more.
+func (t *Transport) leaveLocked(p *peer) {
+	routes := t.routes.Load()
+	for _, pfx := range p.allowed {
+		routes = routes.DeletePersist(pfx)
+	}
+	t.routes.Store(routes)
+	t.searchListLocked()
+}
+
 func (t *Transport) admitLocked(cfg PeerConfig) error {
+	if !t.handshaker.hasKey() {
+		return errors.New("this node has no private key")
+	}
 	if cfg.PublicKey.IsZero() {
 		return errors.New("no public key")
 	}
@@ -140,8 +164,13 @@ func (t *Transport) admitLocked(cfg PeerConfig) error {
 	if _, ok := t.peers[cfg.PublicKey]; ok {
 		return errors.New("the public key is another peer's already")
 	}
+	return t.admitPrefixesLocked(cfg.AllowedIPs)
+}
+
+// admitPrefixesLocked fails for a prefix that a peer has already.
+func (t *Transport) admitPrefixesLocked(prefixes []netip.Prefix) error {
 	routes := t.routes.Load()
-	for _, pfx := range cfg.AllowedIPs {
+	for _, pfx := range prefixes {
 		if other, ok := routes.Get(pfx); ok {
 			return fmt.Errorf("allowed prefix %v is peer %s's already", pfx, other.name)
 		}
@@ -155,23 +184,18 @@ func (t *Transport) RemovePeer(k PublicKey) error {
 	p, ok := t.peers[k]
 	if ok {
 		delete(t.peers, k)
-		routes := t.routes.Load()
-		for _, pfx := range p.cfg.AllowedIPs {
-			routes = routes.DeletePersist(pfx)
-		}
-		t.routes.Store(routes)
-		t.searchListLocked()
+		t.leaveLocked(p)
 	}
 	t.mu.Unlock()
 	if !ok {
 		return fmt.Errorf("transport: no peer with public key %v", k)
 	}
-	p.stop()
+	p.stop(disconnectBody)
 	t.reportMTU()
 	return nil
 }
 
-// Close says goodbye to every peer, closes the sockets and waits for the
+// Close says goodbye to every peer and session, closes the sockets and waits for the
 // pumps; handshakes under way are broken off. The outbound pump ends when the
 // Device is closed: close that first, or Close waits for it. A second Close
 // waits for the first.
@@ -183,7 +207,8 @@ func (t *Transport) Close() error {
 		return nil
 	}
 	t.closed = true
-	peers := t.peerListLocked()
+	peers := slices.Collect(maps.Values(t.peers))
+	sessions := slices.Collect(maps.Keys(t.sessions))
 	t.mu.Unlock()
 	defer close(t.done)
 
@@ -192,7 +217,10 @@ func (t *Transport) Close() error {
 	go func() {
 		defer close(said)
 		for _, p := range peers {
-			p.stop()
+			p.stop(disconnectBody)
+		}
+		for _, s := range sessions {
+			s.end(ErrClosed)
 		}
 	}()
 	select {
@@ -249,17 +277,20 @@ func (t *Transport) searchListLocked() {
 }
 
 func (t *Transport) peerListLocked() []*peer {
-	list := make([]*peer, 0, len(t.peers))
+	list := make([]*peer, 0, len(t.peers)+len(t.sessions))
 	for _, p := range t.peers {
 		list = append(list, p)
+	}
+	for s := range t.sessions {
+		list = append(list, s.peer)
 	}
 	return list
 }
 
-// sortedPeers is the peers by name, then key.
+// sortedPeers is the static peers by name, then key.
 func (t *Transport) sortedPeers() []*peer {
 	t.mu.Lock()
-	list := t.peerListLocked()
+	list := slices.Collect(maps.Values(t.peers))
 	t.mu.Unlock()
 	slices.SortFunc(list, func(a, b *peer) int {
 		if a.name != b.name {
@@ -297,7 +328,8 @@ func (t *Transport) socketFor(remote netip.AddrPort) PacketConn {
 }
 
 // reportMTU tells the owner when the smallest inner MTU over all established peers has
-// changed. It must not be called with a peer's mu held.
+// changed. A server's sessions do not count: one client behind a narrow path must not hold down all others, it has
+// the errors that TooBig makes. It must not be called with a peer's mu held.
 func (t *Transport) reportMTU() {
 	if t.cfg.PathMTUChanged == nil {
 		return
@@ -306,8 +338,8 @@ func (t *Transport) reportMTU() {
 	defer t.mtuMu.Unlock()
 	smallest := t.cfg.InnerMTU
 	t.mu.Lock()
-	for _, p := range t.peers {
-		if p.slots.Load().current != nil {
+	for _, p := range *t.searchList.Load() {
+		if p.identity.calls() && p.slots.Load().current != nil {
 			smallest = min(smallest, int(p.innerMTU.Load()))
 		}
 	}

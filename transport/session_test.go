@@ -1,0 +1,220 @@
+package transport
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/big"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+// tlsPair is a TLS connection over TCP on loopback, as CONNECT leaves it: StreamConns below, and records as large as what is written.
+func tlsPair(t testing.TB) (client, server net.Conn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	dialled, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := tls.Client(NewStreamConn(dialled), &tls.Config{InsecureSkipVerify: true, DynamicRecordSizingDisabled: true})
+	s := tls.Server(NewStreamConn(accepted), &tls.Config{Certificates: []tls.Certificate{testCertificate()}, DynamicRecordSizingDisabled: true})
+	failed := make(chan error, 1)
+	go func() { failed <- s.Handshake() }()
+	if err := errors.Join(c.Handshake(), <-failed); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		dialled.Close()
+		accepted.Close()
+	})
+	return c, s
+}
+
+var testCertificate = sync.OnceValue(func() tls.Certificate {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+})
+
+// linkPair is what both ends have after a CONNECT.
+func linkPair(t testing.TB) (client, server SessionLink) {
+	t.Helper()
+	c, s := tlsPair(t)
+	appID, psk := make([]byte, maxAppID), make([]byte, pskSize)
+	rand.Read(appID)
+	rand.Read(psk)
+	return SessionLink{Stream: c, AppID: appID, PSK: psk}, SessionLink{Stream: s, AppID: slices.Clone(appID), PSK: slices.Clone(psk)}
+}
+
+// told records the events of a session.
+type told struct {
+	mu    sync.Mutex
+	lines []string
+	ends  []error
+	lost  []error
+}
+
+func (e *told) events() SessionEvents {
+	return SessionEvents{
+		Closed:     func(reason error) { e.add(&e.ends, reason, "closed") },
+		StreamLost: func(reason error) { e.add(&e.lost, reason, "lost") },
+		PathChanged: func(path SessionPath, why string) {
+			e.add(nil, errors.New(why), string(path))
+		},
+	}
+}
+
+func (e *told) add(to *[]error, reason error, what string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.lines = append(e.lines, fmt.Sprintf("%s: %v", what, reason))
+	if to != nil {
+		*to = append(*to, reason)
+	}
+}
+
+func (e *told) closed() []error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.ends)
+}
+
+func (e *told) lostStreams() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.lost)
+}
+
+func (e *told) String() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return fmt.Sprint(e.lines)
+}
+
+// sessionPair is a client and a server of one session: over a memNet and a TLS connection.
+type sessionPair struct {
+	net                 *memNet
+	client, server      *testNode
+	c, s                *Session
+	clientTold, srvTold *told
+	clientConn          *memConn
+}
+
+// keyless makes a node for sessions alone.
+func keyless(t testing.TB, inner string, timing Timing, conns ...PacketConn) *testNode {
+	t.Helper()
+	return newTestNodeKey(t, PrivateKey{}, inner, timing, conns...)
+}
+
+func newSessionPair(t testing.TB, timing Timing, change func(client, server *SessionConfig)) *sessionPair {
+	t.Helper()
+	net := newMemNet()
+	p := &sessionPair{net: net, clientTold: new(told), srvTold: new(told), clientConn: net.listen("192.0.2.1:1000")}
+	p.client = keyless(t, "10.0.0.1", timing, p.clientConn)
+	p.server = keyless(t, "10.0.0.2", timing, net.listen("192.0.2.2:443"))
+	cl, sl := linkPair(t)
+	cc := SessionConfig{Name: "to server", Client: true, Endpoint: "192.0.2.2:443", Link: cl, AllowedIPs: hostOf(p.server), Events: p.clientTold.events()}
+	sc := SessionConfig{Name: "alice", Link: sl, AllowedIPs: hostOf(p.client), Events: p.srvTold.events()}
+	if change != nil {
+		change(&cc, &sc)
+	}
+	p.add(t, cc, sc)
+	return p
+}
+
+func (p *sessionPair) add(t testing.TB, cc, sc SessionConfig) {
+	t.Helper()
+	var err error
+	if p.s, err = p.server.AddSession(sc); err != nil {
+		t.Fatal(err)
+	}
+	if p.c, err = p.client.AddSession(cc); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func hostOf(n *testNode) []netip.Prefix {
+	return []netip.Prefix{netip.PrefixFrom(n.addr, n.addr.BitLen())}
+}
+
+// onPath waits until both sides use a path.
+func (p *sessionPair) onPath(t testing.TB, path SessionPath) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("both on %s", path), func() bool {
+		ok := p.c.Status().Path == path && p.s.Status().Path == path
+		if !ok { // a server learns of a change from the client's packets
+			p.client.dev.outbound <- p.client.packet(p.server.addr, 0, 100)
+		}
+		return ok
+	})
+}
+
+func TestSessionByDatagram(t *testing.T) {
+	noLeaks(t)
+	p := newSessionPair(t, steady, nil)
+	p.onPath(t, PathDatagrams)
+	drain(p.server.dev.inbound)
+	ping(t, p.client, p.server)
+	for _, s := range []*Session{p.c, p.s} {
+		st := s.Status()
+		if st.CipherSuite != "TLS_PSK_WITH_AES_256_GCM_SHA384" || st.Handshakes != 1 || st.StreamRemote == "" || st.Why == "" {
+			t.Errorf("%+v", st)
+		}
+	}
+	p.client.stop()
+	p.server.stop()
+	if got := p.srvTold.closed(); len(got) != 1 {
+		t.Errorf("the server was told %v", p.srvTold)
+	} else if g := (*Goodbye)(nil); !errors.As(got[0], &g) || g.Code != 0xb0 {
+		t.Errorf("closed: %v", got[0])
+	}
+}
+
+// frame is a CSTP frame as bytes.
+func frame(typ frameType, body []byte) []byte {
+	b := make([]byte, streamHeaderSize)
+	putStreamHeader(b, typ, len(body))
+	return append(b, body...)
+}
+
+func TestSessionWithoutDatagrams(t *testing.T) {
+	noLeaks(t)
+	p := newSessionPair(t, quick, func(c, s *SessionConfig) {
+		c.Link.NoDatagrams, s.Link.NoDatagrams = "the server offers none", "switched off"
+		c.Endpoint = ""
+	})
+	ping(t, p.client, p.server)
+	time.Sleep(3 * quick.DPD)
+	ping(t, p.client, p.server)
+	st := p.c.Status()
+	if st.Path != PathStream || st.NoDatagrams != "the server offers none" || st.StreamRTT == 0 || st.Handshakes != 0 {
+		t.Errorf("%+v", st)
+	}
+	if n := p.srvTold.lostStreams(); n != 0 {
+		t.Errorf("%v", p.srvTold)
+	}
+}
