@@ -87,7 +87,7 @@ func TestDocs(t *testing.T) {
 
 func heading(table string) string {
 	switch table {
-	case "peer", "forward", "publish", "dns.split", "router.rule":
+	case "peer", "forward", "publish", "dns.split", "router.rule", "acl":
 		return "### [[" + table + "]]"
 	}
 	return "### [" + table + "]"

@@ -9,6 +9,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
+	"github.com/penstock-vpn/penstock/netstack"
 )
 
 // columns is the width that the text of penstock status keeps to.
@@ -73,6 +74,7 @@ func statusText(r *control.Report, now time.Time) string {
 	p.stack(r)
 	p.relays(r)
 	p.router(r)
+	p.acl(r)
 	p.drops(r)
 	return p.b.String()
 }
@@ -182,6 +184,31 @@ func (p *page) router(r *control.Report) {
 	}
 	for _, reason := range slices.Sorted(maps.Keys(s.Refused)) {
 		p.line("refused", "%d: %s", s.Refused[reason], reason)
+	}
+}
+
+func (p *page) acl(r *control.Report) {
+	s := r.Node.ACL
+	if s == nil {
+		return
+	}
+	p.heading("packet filter")
+	p.line("flows", "%d known, of %d and %d a peer; %s in %d packets were theirs",
+		s.Flows, s.FlowLimit, s.FlowLimitPerPeer, amount(s.Known.Bytes), s.Known.Packets)
+	for i, rule := range s.Rules {
+		p.line(fmt.Sprintf("rule %d", i+1), "%s", rule.Rule)
+		p.line("", "%d flows, outbound %s in %d packets, inbound %s in %d", rule.Flows,
+			amount(rule.Outbound.Bytes), rule.Outbound.Packets, amount(rule.Inbound.Bytes), rule.Inbound.Packets)
+	}
+	for _, d := range []struct {
+		why string
+		n   netstack.ACLCount
+	}{
+		{"that no rule fits", s.NoRule}, {"that only a known flow may have", s.Unknown}, {"that would begin too many flows", s.Full},
+	} {
+		if d.n.Packets > 0 {
+			p.line("dropped", "%d packets, %s, %s", d.n.Packets, amount(d.n.Bytes), d.why)
+		}
 	}
 }
 

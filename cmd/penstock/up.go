@@ -204,6 +204,8 @@ func nodeConfig(c *config.Config, log *slog.Logger) netstack.Config {
 		MTU:          c.Node.MTU,
 		DNS:          c.DNS,
 		Router:       c.Router,
+		ACL:          c.ACL,
+		ACLLimits:    c.ACLLimits,
 		TCP:          c.TCP,
 		Timing:       c.Timing,
 		CipherSuites: c.Node.CipherSuites,

@@ -22,6 +22,8 @@ type Config struct {
 	Publishes []Port // a service of this machine, brought into the VPN
 	DNS       netstack.DNS
 	Router    *netstack.RouterConfig // nil: the node routes nothing
+	ACL       []netstack.ACLRule     // empty: everything passes
+	ACLLimits netstack.ACLLimits
 	Proxy     Proxy
 	Offload   Offload
 	TCP       netstack.TCPOptions

@@ -109,6 +109,24 @@ action = "allow"
 peer = "` + pubC + `"
 ports = 53
 
+[[acl]]
+action = "deny"
+direction = "in"
+peer = "b"
+protocol = "tcp"
+ports = [25, "6000-6063"]
+from = "10.66.0.2"
+to = ["10.66.0.1", "fd66::/64"]
+
+[[acl]]
+action = "allow"
+
+[filter]
+flows = 1000
+flows_per_peer = 100
+tcp_idle = "4h"
+udp_idle = "3m"
+
 [offload]
 superpackets = false
 gso = false
@@ -214,8 +232,14 @@ func TestWhole(t *testing.T) {
 			},
 			Timeouts: netstack.RouterTimeouts{Dial: 3 * time.Second, UDPIdle: time.Minute, DNSIdle: 5 * time.Second, ICMPIdle: 7 * time.Second},
 		},
-		Offload: Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
-		TCP:     netstack.TCPOptions{CongestionControl: "reno", RACK: true},
+		ACL: []netstack.ACLRule{
+			{Deny: true, Direction: "in", Peer: key(pubB), Protocol: "tcp", Ports: []netstack.PortRange{{First: 25, Last: 25}, {First: 6000, Last: 6063}},
+				From: prefixes("10.66.0.2/32"), To: prefixes("10.66.0.1/32", "fd66::/64")},
+			{},
+		},
+		ACLLimits: netstack.ACLLimits{Flows: 1000, FlowsPerPeer: 100, TCPIdle: 4 * time.Hour, UDPIdle: 3 * time.Minute},
+		Offload:   Offload{NoSuperpackets: true, NoGSO: true, SendBuffer: 4 << 20, ReceiveBuffer: 8 << 20, MaxSegments: 32, PacingRate: 100 << 20},
+		TCP:       netstack.TCPOptions{CongestionControl: "reno", RACK: true},
 		Timing: netstack.Timing{
 			HandshakeRetry: 500 * time.Millisecond, HandshakeRetryMax: 10 * time.Second, HandshakeTimeout: 5 * time.Second,
 			FlightInterval: 100 * time.Millisecond, DPD: 5 * time.Second, DPDTimeout: 20 * time.Second,

@@ -6,6 +6,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/penstock-vpn/penstock/netstack"
 )
 
 // FuzzConfig: whatever the file, a mistake says what is expected, on a line that
@@ -183,6 +185,29 @@ func written(c *Config) string {
 			list("ports", len(rule.Ports), func(i int) string { return fmt.Sprintf("%d-%d", rule.Ports[i].First, rule.Ports[i].Last) })
 			list("to", len(rule.To), func(i int) string { return rule.To[i].String() })
 		}
+	}
+	for _, rule := range c.ACL {
+		b.WriteString("[[acl]]\n")
+		action := "allow"
+		if rule.Deny {
+			action = "deny"
+		}
+		text("action", action)
+		text("direction", rule.Direction)
+		if !rule.Peer.IsZero() {
+			text("peer", rule.Peer.String())
+		}
+		text("protocol", rule.Protocol)
+		list("ports", len(rule.Ports), func(i int) string { return fmt.Sprintf("%d-%d", rule.Ports[i].First, rule.Ports[i].Last) })
+		list("from", len(rule.From), func(i int) string { return rule.From[i].String() })
+		list("to", len(rule.To), func(i int) string { return rule.To[i].String() })
+	}
+	if l := c.ACLLimits; l != (netstack.ACLLimits{}) {
+		b.WriteString("[filter]\n")
+		line("flows", "%d", l.Flows != 0, l.Flows)
+		line("flows_per_peer", "%d", l.FlowsPerPeer != 0, l.FlowsPerPeer)
+		line("tcp_idle", "'%v'", l.TCPIdle != 0, l.TCPIdle)
+		line("udp_idle", "'%v'", l.UDPIdle != 0, l.UDPIdle)
 	}
 	b.WriteString("[offload]\n")
 	o, t := c.Offload, c.Timing

@@ -95,6 +95,10 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 	}
 	c.DNS = r.dns(&raw.DNS)
 	c.Router = r.router(&raw.Router, c.Peers)
+	for i := range raw.ACL {
+		c.ACL = append(c.ACL, r.acl(element("acl", i), &raw.ACL[i], c.Peers))
+	}
+	c.ACLLimits = r.filter(&raw.Filter, len(c.ACL))
 	c.Proxy = r.proxy(&raw.Proxy)
 	c.Offload = Offload{
 		NoSuperpackets: !r.flag("offload.superpackets", raw.Offload.Superpackets),

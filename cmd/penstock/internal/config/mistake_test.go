@@ -170,6 +170,22 @@ func TestMistakes(t *testing.T) {
 			"node.toml:21: router.rule: unknown key \"port\"; expected ports"}},
 		{"router that allows nothing", node + peerB + "[router]\n[[router.rule]]\naction = \"deny\"\n", []string{
 			"node.toml:8: router: allows nothing; expected allow = "}},
+		{"acl", node + peerB + "[[acl]]\ndirection = \"inbound\"\npeer = \"any\"\nprotocol = \"gre\"\nports = []\nfrom = [\"10.66.0.2/24\"]\nto = []\n[[acl]]\naction = \"reject\"\nprotocol = \"icmp\"\nports = 1\nto = \"ff02::1\"\nport = 1\n[filter]\nflows = 0\ntcp_idle = \"1ms\"\n", []string{
+			"node.toml:8: acl.action: is missing; expected \"allow\" or \"deny\"",
+			"node.toml:9: acl.direction: \"inbound\" is no direction; expected \"in\", from peers, or \"out\", to them; without the key both",
+			"node.toml:10: acl.peer: \"any\" is no peer; expected the name or the public key of a [[peer]]; without the key every peer",
+			"node.toml:11: acl.protocol: \"gre\" is no protocol that has a name here; expected \"tcp\", \"udp\" or \"icmp\", which is ping; without the key every protocol",
+			"node.toml:12: acl.ports: is an empty list; expected ports such as 443",
+			"node.toml:13: acl.from: \"10.66.0.2/24\" has bits set after its prefix; expected 10.66.0.0/24 for the network or 10.66.0.2/32 for the one address",
+			"node.toml:14: acl.to: is an empty list; expected a prefix inside the VPN, such as \"10.66.0.0/24\" or \"fd66::1/128\"; without the key every target fits",
+			"node.toml:16: acl.action: \"reject\" is no action",
+			"node.toml:18: acl.ports: is there beside icmp, which has none",
+			"node.toml:19: acl.to: \"ff02::1\" is multicast",
+			"node.toml:20: acl: unknown key \"port\"; expected ports",
+			"node.toml:22: filter.flows: is 0; expected a whole number from 1 to",
+			"node.toml:23: filter.tcp_idle: 1ms is out of range"}},
+		{"filter without acl", node + peerB + "[filter]\nflows = 5\n", []string{
+			"node.toml:8: filter: has nothing to bound; expected an [[acl]]"}},
 		{"split dns in one bracket", node + "[dns.split]\ndomains = \"x\"\n", []string{
 			"node.toml:5: dns.split: is a table; expected [[dns.split]], in two brackets, since there may be several"}},
 		{"offload", node + "[offload]\ngso = \"off\"\nsend_buffer = \"lots\"\nreceive_buffer = \"2TiB\"\n[timing]\ndpd = 10\ndpd_timeout = \"never\"\nkeepalive = \"1h30\"\nrekey = \"1ms\"\nrekey_records = 268435457\n", []string{

@@ -18,6 +18,8 @@ type rawFile struct {
 	DNS     rawDNS     `toml:"dns"`
 	Proxy   rawProxy   `toml:"proxy"`
 	Router  rawRouter  `toml:"router"`
+	ACL     []rawACL   `toml:"acl"`
+	Filter  rawFilter  `toml:"filter"`
 	Offload rawOffload `toml:"offload"`
 	TCP     rawTCP     `toml:"tcp"`
 	Timing  rawTiming  `toml:"timing"`
@@ -92,6 +94,23 @@ type rawRule struct {
 	Protocol any `toml:"protocol"`
 	Ports    any `toml:"ports"`
 	To       any `toml:"to"`
+}
+
+type rawACL struct {
+	Action    any `toml:"action"`
+	Direction any `toml:"direction"`
+	Peer      any `toml:"peer"`
+	Protocol  any `toml:"protocol"`
+	Ports     any `toml:"ports"`
+	From      any `toml:"from"`
+	To        any `toml:"to"`
+}
+
+type rawFilter struct {
+	Flows        any `toml:"flows"`
+	FlowsPerPeer any `toml:"flows_per_peer"`
+	TCPIdle      any `toml:"tcp_idle"`
+	UDPIdle      any `toml:"udp_idle"`
 }
 
 type rawOffload struct {

@@ -13,7 +13,7 @@ import (
 
 const (
 	wantTarget   = `a prefix that this machine reaches, such as "192.168.1.0/24" or "::/0"`
-	wantRulePeer = `the name or the public key of a [[peer]]`
+	wantRulePeer = `the name or the public key of a [[peer]]; without the key every peer fits`
 	wantProtocol = `"tcp", "udp" or "icmp"`
 	wantPorts    = `ports such as 443, "8000-8080" or [22, 80]`
 	wantAction   = `"allow" or "deny"`
@@ -29,7 +29,7 @@ func (r *reader) router(raw *rawRouter, peers []Peer) *netstack.RouterConfig {
 	if _, written := r.index.kinds["router"]; !written {
 		return nil
 	}
-	c := &netstack.RouterConfig{Allow: r.targets("router.allow", raw.Allow)}
+	c := &netstack.RouterConfig{Allow: r.targets("router.allow", raw.Allow, wantTarget)}
 	for i := range raw.Rule {
 		c.Rules = append(c.Rules, r.rule(element("router.rule", i), &raw.Rule[i], peers))
 	}
@@ -58,18 +58,18 @@ func (r *reader) router(raw *rawRouter, peers []Peer) *netstack.RouterConfig {
 	return c
 }
 
-// targets reads a list of prefixes.
-func (r *reader) targets(path string, v any) (prefixes []netip.Prefix) {
-	for _, it := range r.texts(path, v, wantTarget) {
+// targets reads a list of prefixes; want says of what kind.
+func (r *reader) targets(path string, v any, want string) (prefixes []netip.Prefix) {
+	for _, it := range r.texts(path, v, want) {
 		p, problem := parsePrefix(it.text)
 		switch {
 		case problem != "":
-			r.wrong(it.path, quoted(it.text)+" "+problem, wantTarget)
+			r.wrong(it.path, quoted(it.text)+" "+problem, want)
 		case p != p.Masked():
 			r.wrong(it.path, quoted(it.text)+" has bits set after its prefix",
 				fmt.Sprintf("%v for the network or %v for the one address", p.Masked(), netip.PrefixFrom(p.Addr(), p.Addr().BitLen())))
 		case p.Addr().IsMulticast():
-			r.wrong(it.path, quoted(it.text)+" is multicast, which is not routed", wantTarget)
+			r.wrong(it.path, quoted(it.text)+" is multicast, which is not routed", want)
 		case slices.Contains(prefixes, p):
 			r.wrong(it.path, quoted(it.text)+" is there twice", "each prefix once")
 		}
@@ -78,34 +78,24 @@ func (r *reader) targets(path string, v any) (prefixes []netip.Prefix) {
 	return prefixes
 }
 
+// rulePrefixes reads the prefixes of a rule; what names what they are.
+func (r *reader) rulePrefixes(path string, v any, want, what string) []netip.Prefix {
+	if v != nil && r.empty(v) {
+		r.wrong(path, "is an empty list", want+"; without the key every "+what+" fits")
+	}
+	return r.targets(path, v, want)
+}
+
 func (r *reader) rule(at string, raw *rawRule, peers []Peer) (rule netstack.RouterRule) {
-	if s, ok := r.text(at+".action", raw.Action, wantAction); ok {
-		if rule.Deny = s == "deny"; !rule.Deny && s != "allow" {
-			r.wrong(at+".action", quoted(s)+" is no action", wantAction)
-		}
-	} else if raw.Action == nil {
-		r.wrong(at+".action", "is missing", wantAction)
-	}
-	if s, ok := r.text(at+".peer", raw.Peer, wantRulePeer); ok {
-		i := slices.IndexFunc(peers, func(p Peer) bool { return p.Name == s || p.PublicKey.String() == s })
-		if i < 0 {
-			r.wrong(at+".peer", quoted(s)+" is no peer", wantRulePeer)
-		} else {
-			rule.Peer = peers[i].PublicKey
-		}
-	}
+	rule.Deny = r.action(at+".action", raw.Action)
+	rule.Peer = r.rulePeer(at+".peer", raw.Peer, peers)
 	if s, ok := r.text(at+".protocol", raw.Protocol, wantProtocol); ok {
 		if rule.Protocol = s; s != "tcp" && s != "udp" && s != "icmp" {
 			r.wrong(at+".protocol", quoted(s)+" is no protocol that is routed", wantProtocol)
 		}
 	}
-	rule.Ports = r.ports(at+".ports", raw.Ports)
-	if rule.Protocol == "icmp" && raw.Ports != nil {
-		r.wrong(at+".ports", "is there beside icmp, which has none", "protocol tcp or udp, or no ports")
-	}
-	if rule.To = r.targets(at+".to", raw.To); raw.To != nil && r.empty(raw.To) {
-		r.wrong(at+".to", "is an empty list", wantTarget+"; without the key every target fits")
-	}
+	rule.Ports = r.rulePorts(at+".ports", raw.Ports, rule.Protocol)
+	rule.To = r.rulePrefixes(at+".to", raw.To, wantTarget, "target")
 	return rule
 }
 
