@@ -116,9 +116,12 @@ func sameStreams(got, want [][]byte) error {
 
 // coalesce(segment(x)) == x, byte for byte, wherever every segment may be coalesced.
 func TestCoalesceReversesSegment(t *testing.T) {
-	var c coalescer
+	c := coalescer{udp: true}
 	for _, sc := range segmentCases() {
-		if sc.spec.udp || sc.spec.flags&(fin|urg) != 0 || sc.want == 1 || !sc.spec.v6 && len(sc.spec.ipExtra) > 0 {
+		if sc.spec.udp && sc.want > maxUDPMembers {
+			continue
+		}
+		if sc.spec.flags&(fin|urg) != 0 || sc.want == 1 || !sc.spec.v6 && len(sc.spec.ipExtra) > 0 {
 			continue
 		}
 		t.Run(sc.name, func(t *testing.T) {
@@ -289,6 +292,97 @@ func TestCoalesceRules(t *testing.T) {
 }
 
 // otherHost is an address that is neither source nor destination.
+// What may become one superpacket of UDP.
+func TestCoalesceUDPRules(t *testing.T) {
+	const size = 100
+	base := spec{udp: true, sport: 5, dport: 6, tos: 2, ttl: 60, id: 7}
+	nth := func(v6 bool, n int, change func(*spec)) spec {
+		s := base
+		s.v6 = v6
+		s.id += uint16(n)
+		s.payload = payload(size * (n + 1))[n*size:]
+		if change != nil {
+			change(&s)
+		}
+		return s
+	}
+	for _, c := range []struct {
+		name   string
+		change func(*spec)  // of the middle one of three packets
+		bytes  func([]byte) // likewise, of its UDP header
+		want   []int        // members of each delivery
+		only   int          // IP version, 0 for both
+	}{
+		{name: "plain", want: []int{3}},
+		{name: "shorter", change: func(s *spec) { s.payload = s.payload[:99] }, want: []int{2, 1}},
+		{name: "longer", change: func(s *spec) { s.payload = payload(101) }, want: []int{1, 2}},
+		{name: "no payload", change: func(s *spec) { s.payload = nil }, want: []int{1, 1, 1}},
+		{name: "TTL", change: func(s *spec) { s.ttl-- }, want: []int{1, 1, 1}},
+		{name: "CE", change: func(s *spec) { s.tos |= 3 }, want: []int{1, 1, 1}},
+		{name: "flow label", change: func(s *spec) { s.label++ }, want: []int{1, 1, 1}, only: 6},
+		{name: "DF", change: func(s *spec) { s.df = true }, want: []int{1, 1, 1}, only: 4},
+		{name: "ID", change: func(s *spec) { s.id += 5 }, want: []int{1, 1, 1}, only: 4},
+		{name: "IP options", change: func(s *spec) { s.ipExtra = ip4Options }, want: []int{1, 1, 1}, only: 4},
+		{name: "source port", change: func(s *spec) { s.sport++ }, want: []int{2, 1}},
+		{name: "no checksum", bytes: func(b []byte) { b[6], b[7] = 0, 0 }, want: []int{1, 1, 1}, only: 4},
+	} {
+		for _, v6 := range []bool{false, true} {
+			if c.only == 4 && v6 || c.only == 6 && !v6 {
+				continue
+			}
+			t.Run(fmt.Sprintf("%s/v6=%v", c.name, v6), func(t *testing.T) {
+				middle := nth(v6, 1, c.change)
+				b := middle.full()
+				if c.bytes != nil {
+					c.bytes(b[middle.l4Offset():])
+				}
+				first, third := nth(v6, 0, nil), nth(v6, 2, nil)
+				if c.name == "source port" {
+					third = nth(v6, 1, nil)
+				}
+				in := [][]byte{first.full(), b, third.full()}
+				co := coalescer{udp: true}
+				got := coalesced(t, &co, in)
+				var members []int
+				for _, d := range got {
+					members = append(members, d.members)
+				}
+				if fmt.Sprint(members) != fmt.Sprint(c.want) {
+					t.Errorf("coalesced as %v, want %v", members, c.want)
+				}
+				if err := sameStreams(resplit(t, got), in); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+	t.Run("no more than the kernel takes", func(t *testing.T) {
+		s := spec{udp: true, payload: payload(100 * 10)}
+		co := coalescer{udp: true}
+		got := coalesced(t, &co, s.plainSegments(10))
+		if len(got) != 2 || got[0].members != 64 || got[1].members != 36 {
+			t.Errorf("%d packets, the first of %d", len(got), got[0].members)
+		}
+		s = spec{flags: ack, payload: payload(3000)}
+		if got := coalesced(t, &co, s.plainSegments(1)); len(got) != 3 || got[0].members != maxMembers {
+			t.Errorf("TCP: %d packets, the first of %d", len(got), got[0].members)
+		}
+	})
+	t.Run("TCP and UDP of equal ports", func(t *testing.T) {
+		tcp := spec{sport: 1, dport: 2, flags: ack, payload: payload(300)}
+		udp := tcp
+		udp.udp = true
+		var in [][]byte
+		for i, b := range tcp.plainSegments(100) {
+			in = append(in, b, udp.plainSegments(100)[i])
+		}
+		co := coalescer{udp: true}
+		if got := coalesced(t, &co, in); len(got) != 2 || got[0].members != 3 || got[1].members != 3 {
+			t.Errorf("%d packets", len(got))
+		}
+	})
+}
+
 func (s *spec) otherHost() netip.Addr {
 	src, _ := s.addrs()
 	b := src.AsSlice()

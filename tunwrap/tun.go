@@ -101,16 +101,8 @@ var _ tun.Device = (*TUN)(nil)
 // has it addresses; both are the caller's to change. It needs CAP_NET_ADMIN, unless the interface exists
 // and belongs to the user, or o.FD is given.
 func OpenTUN(o TUNOptions) (*TUN, error) {
-	if o.BatchSize <= 0 {
-		o.BatchSize = DefaultBatchSize
-	}
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
 	o.Queues = max(o.Queues, 1)
-	t := &TUN{batchSize: o.BatchSize, log: o.Logger, events: make(chan tun.Event, 4)}
-	t.mtu.Store(int64(o.MTU))
-	t.tooBig.limit = rate.NewLimiter(tooBigPerSecond, tooBigBurst)
+	t := newTUN(o)
 	if err := t.open(o); err != nil {
 		name := o.Name
 		if name == "" {
@@ -120,6 +112,20 @@ func OpenTUN(o TUNOptions) (*TUN, error) {
 	}
 	t.events <- tun.EventUp
 	return t, nil
+}
+
+// newTUN makes a TUN without an interface.
+func newTUN(o TUNOptions) *TUN {
+	if o.BatchSize <= 0 {
+		o.BatchSize = DefaultBatchSize
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	t := &TUN{batchSize: o.BatchSize, log: o.Logger, events: make(chan tun.Event, 4)}
+	t.mtu.Store(int64(o.MTU))
+	t.tooBig.limit = rate.NewLimiter(tooBigPerSecond, tooBigBurst)
+	return t
 }
 
 // Name is the name that the interface had when it was opened.

@@ -127,6 +127,9 @@ type wire struct {
 	check func(b []byte) error // of each packet; nil: valid
 }
 
+// errTooBig is for a check that has dealt with the packet, which then goes no further.
+var errTooBig = errors.New("too big")
+
 // carry runs until from is closed.
 func (w *wire) carry(from interface {
 	Read(bufs [][]byte, sizes []int, offset int) (int, error)
@@ -152,7 +155,9 @@ func (w *wire) carry(from interface {
 			if check == nil {
 				check = valid
 			}
-			if err := check(b); err != nil {
+			if err := check(b); errors.Is(err, errTooBig) {
+				continue
+			} else if err != nil {
 				w.fail(fmt.Errorf("%w: %x", err, b[:min(len(b), 100)]))
 			}
 			packets = append(packets, bufs[i][:headroom+sizes[i]])

@@ -21,12 +21,13 @@ const (
 // tunPlatform is the Linux half of a [TUN].
 type tunPlatform struct {
 	queues  []*tunQueue
-	vnet    bool        // every packet has a vnet header before it
-	groTCP  atomic.Bool // until withdrawn
+	writev  func(fd uintptr, vectors []unix.Iovec) unix.Errno // writes one packet; replaceable for tests
+	vnet    bool                                              // every packet has a vnet header before it
+	groTCP  atomic.Bool                                       // until withdrawn
 	groUDP  atomic.Bool
-	refused atomic.Int32  // superpackets in a row, see tunWriter.refusal
-	turn    atomic.Uint32 // which queue the next new writer writes to
-	writers sync.Pool     // of *tunWriter
+	refused struct{ tcp, udp atomic.Int32 } // superpackets in a row, see TUN.refusal
+	turn    atomic.Uint32                   // which queue the next new writer writes to
+	writers sync.Pool                       // of *tunWriter
 }
 
 // A tunQueue is one open file of the interface.
@@ -85,6 +86,7 @@ func (t *TUN) poll(fds []int) error {
 		}
 		t.readers = append(t.readers, newTUNReader(t, q))
 	}
+	t.writev = writev
 	t.writers.New = func() any { return newTUNWriter(t) }
 	return nil
 }

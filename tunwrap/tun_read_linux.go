@@ -138,10 +138,13 @@ func (r *TUNReader) receive(fd uintptr, dst []byte) (size int, errno unix.Errno)
 	if errno != 0 {
 		return 0, errno
 	}
-	if !r.t.vnet {
-		return int(n), 0
+	if r.t.vnet {
+		n -= vnetHeaderSize
 	}
-	return max(int(n)-vnetHeaderSize, 0), 0
+	if int(n) <= 0 { // no packet is empty
+		return 0, unix.EIO
+	}
+	return int(n), 0
 }
 
 // maxPending bounds the fragments that wait to be read. They come from a pump, which reads next.

@@ -1,6 +1,7 @@
 package tunwrap
 
 import (
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -121,7 +122,7 @@ func (x *tunWriter) plain(fd uintptr, b []byte) {
 	if x.t.vnet {
 		vectors = appendVector(vectors, noOffload[:])
 	}
-	if errno := writev(fd, appendVector(vectors, b)); errno != 0 {
+	if errno := x.t.writev(fd, appendVector(vectors, b)); errno != 0 {
 		x.t.drops.add(DropKernel)
 		return
 	}
@@ -139,14 +140,14 @@ func (x *tunWriter) superpacket(fd uintptr, g *group) {
 	for i := g.first; i != none; i = packets[i].next {
 		vectors = appendVector(vectors, packets[i].b[g.hdrLen:])
 	}
-	errno := writev(fd, vectors)
+	errno := x.t.writev(fd, vectors)
 	clear(vectors)
 	switch errno {
 	case 0:
 		x.counts.packets++
 		x.counts.superpackets++
-		if x.t.refused.Load() != 0 {
-			x.t.refused.Store(0)
+		if refused := x.t.refusalsOf(gso.Type); refused.Load() != 0 {
+			refused.Store(0)
 		}
 	case unix.EINVAL:
 		before := x.counts.packets
@@ -165,7 +166,7 @@ func (x *tunWriter) superpacket(fd uintptr, g *group) {
 
 // refusal is called when the kernel has refused a superpacket and taken its members one by one.
 func (t *TUN) refusal(typ GSOType, errno unix.Errno) {
-	if t.refused.Add(1) < refusals {
+	if t.refusalsOf(typ).Add(1) < refusals {
 		return
 	}
 	gro, what := &t.groTCP, "TCP"
@@ -175,7 +176,6 @@ func (t *TUN) refusal(typ GSOType, errno unix.Errno) {
 	if !gro.CompareAndSwap(true, false) {
 		return
 	}
-	t.refused.Store(0)
 	t.mu.Lock()
 	off := abilityOff("withdrawn: writev: " + errno.Error())
 	if typ == GSOUDPL4 {
@@ -185,6 +185,14 @@ func (t *TUN) refusal(typ GSOType, errno unix.Errno) {
 	}
 	t.mu.Unlock()
 	t.log.Warn("the kernel refuses superpackets, writing packets one by one", "interface", t.name, "protocol", what, "error", errno)
+}
+
+// refusalsOf is how many superpackets of a kind have been refused in a row.
+func (t *TUN) refusalsOf(typ GSOType) *atomic.Int32 {
+	if typ == GSOUDPL4 {
+		return &t.refused.udp
+	}
+	return &t.refused.tcp
 }
 
 // appendVector appends b, which is borrowed until the vectors are cleared, and not empty.

@@ -1,0 +1,386 @@
+package tunwrap
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// pipeTUN is a TUN whose kernel is the test: every message on the socket kernel is a packet with its vnet
+// header. It needs no privilege.
+func pipeTUN(t testing.TB, o TUNOptions) (dev *TUN, kernel int) {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds { // a superpacket is larger than the default
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 4<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dev = newTUN(o)
+	dev.vnet = !o.NoVnetHdr
+	dev.groTCP.Store(dev.vnet && !o.NoGRO)
+	dev.groUDP.Store(dev.vnet && !o.NoGRO)
+	if err := dev.poll(fds[:1]); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dev.Close(); unix.Close(fds[1]) })
+	return dev, fds[1]
+}
+
+// give has the kernel send a packet.
+func give(t testing.TB, kernel int, g GSO, b []byte) {
+	t.Helper()
+	if _, err := unix.Write(kernel, append(vnetBytes(g), b...)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// readUntil reads until a packet equal to last has come, and returns those before it. The buffers have room bytes
+// and guards around it.
+func readUntil(t testing.TB, dev *TUN, batch, room int, last []byte) (out [][]byte) {
+	t.Helper()
+	const guard = 7
+	const fill = 0xa5
+	bufs, sizes := make([][]byte, batch), make([]int, batch)
+	for i := range bufs {
+		b := bytes.Repeat([]byte{fill}, headroom+room+guard)
+		bufs[i] = b[:headroom+room]
+	}
+	for {
+		n, err := dev.Read(bufs, sizes, headroom)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n == 0 {
+			t.Fatal("Read gave nothing")
+		}
+		for i, buf := range bufs {
+			whole := buf[:cap(buf)]
+			if i < n {
+				b := buf[headroom : headroom+sizes[i]]
+				if bytes.Equal(b, last) {
+					if i != n-1 {
+						t.Fatal("packets behind the last")
+					}
+					return out
+				}
+				out = append(out, bytes.Clone(b))
+			}
+			if bytes.Count(whole[:headroom], []byte{fill}) != headroom || bytes.Count(whole[headroom+room:headroom+room+guard], []byte{fill}) != guard {
+				t.Fatalf("buffer %d: written outside", i)
+			}
+		}
+	}
+}
+
+// sentinel is a packet that comes last.
+func sentinel() []byte {
+	s := spec{udp: true, sport: 0xdead, dport: 0xbeef, src: netip.MustParseAddr("192.0.2.1")}
+	return s.full()
+}
+
+// Every superpacket comes out as the segments it stands for, whatever the number and size of
+// the buffers, and whatever hdr_len says.
+func TestTUNReads(t *testing.T) {
+	for _, room := range []int{1400, 1401, 1500, 9000, 20000} {
+		for _, batch := range []int{1, 2, 7, 128} {
+			t.Run(fmt.Sprintf("room %d, batch %d", room, batch), func(t *testing.T) {
+				dev, kernel := pipeTUN(t, TUNOptions{})
+				var want [][]byte
+				supers := uint64(0)
+				n := uint64(0)
+				for i, c := range segmentCases() {
+					s := &c.spec
+					if s.hdrLen()+min(c.size, len(s.payload)) > 1400 {
+						continue
+					}
+					g := s.gso(c.size)
+					g.CsumStart = uint16(s.l4Offset())
+					g.HdrLen = uint16([]int{s.hdrLen(), 0, 20, 9000}[i%4])
+					if s.flags&cwr != 0 && !s.udp && i%2 == 0 {
+						g.Type |= GSOECN
+					}
+					give(t, kernel, g, s.partial())
+					plain := s.plainSegments(c.size)
+					want = append(want, plain...)
+					supers += uint64(b2i(len(plain) > 1))
+					n++
+					// A plain packet between, with a checksum to finish, and one without.
+					p := spec{udp: true, id: uint16(i), payload: payload(i)}
+					g = GSO{NeedsCsum: true, CsumStart: uint16(p.l4Offset()), CsumOffset: udpChecksum}
+					give(t, kernel, g, p.partial())
+					give(t, kernel, GSO{}, p.full())
+					want = append(want, p.full(), p.full())
+					n += 2
+					give(t, kernel, GSO{}, sentinel())
+					n++
+					got := readUntil(t, dev, batch, room, sentinel())
+					if err := differ(got, want); err != nil {
+						t.Fatalf("%s: %v", c.name, err)
+					}
+					want = want[:0]
+				}
+				if d := dev.Drops(); d.Total() != 0 {
+					t.Errorf("drops %v", d)
+				}
+				if s := dev.Stats().Outbound; s.Packets != n || s.Superpackets != supers {
+					t.Errorf("%+v, want %d packets, %d of them super", s, n, supers)
+				}
+			})
+		}
+	}
+}
+
+// What makes no sense, or does not fit, is dropped and counted.
+func TestTUNReadDrops(t *testing.T) {
+	super := spec{flags: ack, payload: payload(5200)}
+	plain := spec{udp: true, payload: payload(100)}
+	big := spec{udp: true, payload: payload(1500)}
+	for _, c := range []struct {
+		name   string
+		change func(*GSO)
+		b      []byte
+		want   Drop
+		n      uint64
+	}{
+		{"no segment size", func(g *GSO) { g.GSOSize = 0 }, super.partial(), DropGSO, 1},
+		{"the checksum elsewhere", func(g *GSO) { g.CsumStart = 60000 }, super.partial(), DropGSO, 1},
+		{"the checksum field elsewhere", func(g *GSO) { g.CsumOffset = 6 }, super.partial(), DropGSO, 1},
+		{"another protocol", func(g *GSO) { g.Type = GSOUDPL4 }, super.partial(), DropGSO, 1},
+		{"another version", func(g *GSO) { g.Type = GSOTCPv6 }, super.partial(), DropGSO, 1},
+		{"UFO", func(g *GSO) { g.Type = 3 }, super.partial(), DropGSO, 1},
+		{"a short packet", func(*GSO) {}, super.partial()[:30], DropMalformed, 1},
+		{"a longer packet", func(*GSO) {}, append(super.partial(), 0), DropGSO, 1},
+		{"segments that do not fit", func(g *GSO) { g.GSOSize = 2600 }, super.partial(), DropOversize, 2},
+		{"a checksum behind the end", func(g *GSO) { *g = GSO{NeedsCsum: true, CsumStart: 127, CsumOffset: 6} }, plain.partial(), DropGSO, 1},
+		{"a checksum far behind the end", func(g *GSO) { *g = GSO{NeedsCsum: true, CsumStart: 65535, CsumOffset: 65535} }, plain.partial(), DropGSO, 1},
+		{"a packet that does not fit", func(g *GSO) { *g = GSO{} }, big.full(), DropOversize, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dev, kernel := pipeTUN(t, TUNOptions{})
+			g := super.gso(1360)
+			c.change(&g)
+			give(t, kernel, g, c.b)
+			give(t, kernel, GSO{}, sentinel())
+			if got := readUntil(t, dev, 8, 1400, sentinel()); len(got) != 0 {
+				t.Errorf("%d packets", len(got))
+			}
+			if d := dev.Drops(); d[c.want] != c.n || d.Total() != c.n {
+				t.Errorf("drops %v, want %d for being %v", d, c.n, c.want)
+			}
+		})
+	}
+}
+
+// The checksum that the kernel leaves to us may be that of a packet inside another; NAT changes the
+// outer one.
+func TestTUNReadInnerChecksum(t *testing.T) {
+	inner := spec{v6: true, udp: true, payload: payload(77)}
+	outer := spec{udp: true, dport: 4789, payload: inner.full()}
+	want := outer
+	want.src = netip.MustParseAddr("172.31.255.1")
+	b := outer.full()
+	copy(b[outer.hdrLen():], inner.partial()) // as the kernel has it: the outer checksum is right already
+	dev, kernel := pipeTUN(t, TUNOptions{})
+	if err := dev.SetNAT([]NATRule{rule("10.0.0.1", "172.31.255.1", "10.0.0.0/24")}); err != nil {
+		t.Fatal(err)
+	}
+	give(t, kernel, GSO{NeedsCsum: true, CsumStart: uint16(outer.hdrLen() + inner.l4Offset()), CsumOffset: udpChecksum}, b)
+	give(t, kernel, GSO{}, sentinel())
+	got := readUntil(t, dev, 8, 1400, sentinel())
+	if err := differ(got, [][]byte{want.full()}); err != nil {
+		t.Error(err)
+	}
+}
+
+// taken reads what the TUN has written: packets with their offload metadata.
+func taken(t testing.TB, kernel int) (ds []delivery) {
+	t.Helper()
+	buf := make([]byte, 70000)
+	for {
+		n, err := unix.Read(kernel, buf)
+		if errors.Is(err, unix.EAGAIN) {
+			return ds
+		}
+		if err != nil || n < vnetHeaderSize {
+			t.Fatal(n, err)
+		}
+		g := (*vnetHeader)(buf).get()
+		ds = append(ds, delivery{b: bytes.Clone(buf[vnetHeaderSize:n]), gso: g})
+	}
+}
+
+// resplitTaken takes what the TUN has written apart again as a kernel would.
+func resplitTaken(t testing.TB, ds []delivery) (out [][]byte) {
+	t.Helper()
+	for i, d := range ds {
+		if d.gso.Type == GSONone {
+			if d.gso != (GSO{}) {
+				t.Fatalf("packet %d: %+v", i, d.gso)
+			}
+			out = append(out, d.b)
+			continue
+		}
+		l, _ := locate(d.b, len(d.b))
+		g := d.gso
+		if n, drop := g.complete(d.b, len(d.b)); drop != DropNone || n != l || g != d.gso {
+			t.Fatalf("packet %d: %+v, of the headers %+v", i, d.gso, g)
+		}
+		out = append(out, split(t, d.b, d.gso, nil, nil)...)
+	}
+	return out
+}
+
+// withRoom copies packets to where Write finds them.
+func withRoom(packets [][]byte) [][]byte {
+	out := make([][]byte, len(packets))
+	for i, b := range packets {
+		out[i] = append(make([]byte, headroom), b...)
+	}
+	return out
+}
+
+// What is written comes out as superpackets that stand for the packets written, in order.
+func TestTUNWrites(t *testing.T) {
+	for seed := range uint64(40) {
+		dev, kernel := pipeTUN(t, TUNOptions{NoGRO: seed%8 == 7})
+		in := mixedFlows(seed, 5, 9000, 1000, nil)
+		// One with a wrong checksum is the kernel's to judge.
+		bad := bytes.Clone(in[0])
+		bad[len(bad)-1]++
+		if n, err := dev.Write(withRoom(append([][]byte{bad, {}, bad[:10]}, in...)), headroom); n != len(in)+3 || err != nil {
+			t.Fatal(n, err)
+		}
+		ds := taken(t, kernel)
+		got := resplitTaken(t, ds)
+		if len(got) == 0 || !bytes.Equal(got[0], bad) {
+			t.Fatal("the bad packet is not the first")
+		}
+		if err := sameStreams(got[1:], in); err != nil {
+			t.Fatal(err)
+		}
+		s := dev.Stats().Inbound
+		supers := uint64(0)
+		for _, d := range ds {
+			supers += uint64(b2i(d.gso.Type != GSONone))
+		}
+		if s.Packets != uint64(len(ds)) || s.Segments != uint64(len(in)+3) || s.Superpackets != supers || (supers == 0) != (seed%8 == 7) {
+			t.Errorf("%+v for %d packets, %d of them super", s, len(ds), supers)
+		}
+		if d := dev.Drops(); d[DropMalformed] != 2 || d.Total() != 2 {
+			t.Errorf("drops %v", d)
+		}
+	}
+}
+
+// A kernel that refuses superpackets gets the packets one by one, and after a while no more superpackets.
+func TestTUNRefusals(t *testing.T) {
+	dev, kernel := pipeTUN(t, TUNOptions{})
+	refused := 0
+	dev.writev = func(fd uintptr, vectors []unix.Iovec) unix.Errno {
+		if h := vectors[0]; h.Len >= vnetHeaderSize && (*vnetHeader)(vectorBytes(h)).get().Type == GSOUDPL4 {
+			if refused++; refused == 3 {
+				return writev(fd, vectors) // one that passes ends the row
+			}
+			return unix.EINVAL
+		}
+		return writev(fd, vectors)
+	}
+	udp := spec{udp: true, payload: payload(3000)}
+	tcp := spec{flags: ack, payload: payload(3000)}
+	in := append(udp.plainSegments(1000), tcp.plainSegments(1000)...)
+	for i := range 2 * refusals {
+		if _, err := dev.Write(withRoom(in), headroom); err != nil {
+			t.Fatal(err)
+		}
+		ds := taken(t, kernel)
+		if err := sameStreams(resplitTaken(t, ds), in); err != nil {
+			t.Fatal(i, err)
+		}
+		if n := len(ds); n != 4 && (n != 2 || i != 2) {
+			t.Errorf("%d packets", n)
+		}
+	}
+	if refused != 3+refusals || dev.groUDP.Load() || !dev.groTCP.Load() || dev.Capabilities().GROUDP.On {
+		t.Errorf("%d refused, UDP GRO %v", refused, dev.groUDP.Load())
+	}
+	if d := dev.Drops(); d.Total() != 0 {
+		t.Errorf("drops %v", d)
+	}
+}
+
+// vectorBytes lends what v points to.
+func vectorBytes(v unix.Iovec) []byte { return unsafe.Slice(v.Base, v.Len) }
+
+// An interface that takes nothing costs the packets, counted, and not the tunnel.
+func TestTUNWriteFails(t *testing.T) {
+	dev, _ := pipeTUN(t, TUNOptions{})
+	dev.writev = func(uintptr, []unix.Iovec) unix.Errno { return unix.EIO }
+	tcp := spec{flags: ack, payload: payload(3000)}
+	udp := spec{udp: true}
+	in := append(tcp.plainSegments(1000), udp.full())
+	if n, err := dev.Write(withRoom(in), headroom); n != 4 || err != nil {
+		t.Error(n, err)
+	}
+	if d := dev.Drops(); d[DropKernel] != 4 || d.Total() != 4 {
+		t.Errorf("drops %v", d)
+	}
+	if s := dev.Stats().Inbound; s.Packets != 0 || s.Segments != 4 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// Fragments of a packet that was too big come out of Read, also of one that waits.
+func TestTUNFragments(t *testing.T) {
+	dev, _ := pipeTUN(t, TUNOptions{})
+	big := spec{udp: true, payload: payload(3000)}
+	go func() {
+		time.Sleep(20 * time.Millisecond)
+		dev.TooBig(big.full(), 1300)
+		last := sentinel()
+		dev.mustPend(last)
+	}()
+	got := readUntil(t, dev, 2, 1400, sentinel())
+	if len(got) != 3 {
+		t.Fatalf("%d fragments", len(got))
+	}
+	var whole []byte
+	for i, f := range got {
+		l, d := locate(f, len(f))
+		if d != DropNone || !l.fragment || len(f) > 1300 || sumOf(f[:20]) != 0xffff {
+			t.Errorf("fragment %d: %+v %v", i, l, d)
+		}
+		whole = append(whole, f[20:]...)
+	}
+	if !bytes.Equal(whole, big.full()[20:]) {
+		t.Error("the fragments are not the packet")
+	}
+	if s := dev.Stats(); s.Fragments != 3 || s.Outbound.Segments != 4 {
+		t.Errorf("%+v", s)
+	}
+	// Nobody reads: the queue has an end.
+	for range 200 {
+		dev.TooBig(big.full(), 1300)
+	}
+	if d := dev.Drops(); d[DropTooBig] != 200-maxPending/3 {
+		t.Errorf("drops %v", d)
+	}
+}
+
+// mustPend leaves a packet to the reader like a fragment.
+func (t *TUN) mustPend(b []byte) {
+	r := t.readers[0]
+	r.mu.Lock()
+	r.pending = append(r.pending, b)
+	r.mu.Unlock()
+	_ = r.q.file.SetReadDeadline(time.Unix(1, 0))
+}
