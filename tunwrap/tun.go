@@ -169,17 +169,6 @@ func (t *TUN) TooBig(packet []byte, mtu int) {
 	t.tooBig.report(packet, mtu, t.nat.Load(), &t.drops, t)
 }
 
-// takeMessage gives b to the kernel.
-func (t *TUN) takeMessage(b []byte) {
-	room := make([]byte, deviceRoom+len(b))
-	copy(room[deviceRoom:], b)
-	t.Write([][]byte{room}, deviceRoom)
-}
-
-// deviceRoom is the room before a packet that some systems want in Write, in bytes: 4 on the BSDs
-// and macOS, for the address family.
-const deviceRoom = 16
-
 // Events tells that the device is there, once. Close closes it.
 func (t *TUN) Events() <-chan tun.Event { return t.events }
 

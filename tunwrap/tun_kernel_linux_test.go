@@ -581,3 +581,59 @@ func TestTUNTranslates(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The filter sees superpackets whole, in both directions.
+func TestTUNFilters(t *testing.T) {
+	leavesNothing(t)
+	one, two, a, _, end := pair(t, TUNOptions{})
+	ports := []PortRange{{First: 1, Last: 65535}}
+	f, err := NewFilter(FilterOptions{Rules: []FilterRule{{Protocol: "tcp", Direction: Outbound, Ports: ports}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.SetFilter(f)
+	if err := sendOver(one, two, "10.9.0.2", 2<<20); err != nil {
+		t.Error(err)
+	}
+	if a.Stats().Outbound.Superpackets < 10 {
+		t.Errorf("%+v", a.Stats())
+	}
+	// The other way a connection may not begin.
+	var l net.Listener
+	one.must(t, func() (err error) { l, err = net.Listen("tcp", "10.9.0.1:0"); return err })
+	defer l.Close()
+	before := a.Drops()[DropFilter]
+	err = two.do(func() error {
+		c, err := net.DialTimeout("tcp", l.Addr().String(), 300*time.Millisecond)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
+	if err == nil || a.Drops()[DropFilter] == before {
+		t.Error("it passed:", err, a.Drops())
+	}
+	// Nor does anything but TCP leave.
+	before = a.Drops()[DropFilter]
+	one.must(t, func() error {
+		c, err := net.Dial("udp", "10.9.0.2:9")
+		if err == nil {
+			_, err = c.Write(payload(9))
+			c.Close()
+		}
+		return err
+	})
+	for i := 0; a.Drops()[DropFilter] == before; i++ {
+		if i > 500 {
+			t.Fatal("UDP has passed")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	a.SetFilter(nil)
+	if err := sendOver(two, one, "10.9.0.1", 1<<20); err != nil {
+		t.Error(err)
+	}
+	if err := end(); err != nil {
+		t.Error(err)
+	}
+}

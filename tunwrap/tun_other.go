@@ -111,6 +111,17 @@ func (t *TUN) requeueFragments(b []byte, l *layout, mtu int) {
 	}
 }
 
+// deviceRoom is the room before a packet that the BSDs and macOS want for the address family, and more.
+const deviceRoom = 16
+
+// takeMessage gives b to the system.
+func (t *TUN) takeMessage(b []byte) {
+	room := append(make([]byte, deviceRoom, deviceRoom+len(b)), b...)
+	if _, err := t.device.Write([][]byte{room}, deviceRoom); err != nil {
+		t.drops.add(DropKernel)
+	}
+}
+
 // takePending writes fragments out.
 func (r *TUNReader) takePending(bufs [][]byte, sizes []int, offset int) (n int) {
 	for n < len(bufs) {

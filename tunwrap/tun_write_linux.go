@@ -33,7 +33,7 @@ func newTUNWriter(t *TUN) *tunWriter {
 
 // Write takes the inbound packets bufs[i][offset:] in order: it reverses NAT, coalesces and gives them to
 // the kernel. Only what it coalesces has been verified by then, and the kernel verifies the rest. It borrows
-// bufs and may overwrite them. Bad packets, and those that the kernel refuses, are counted
+// bufs and may overwrite them. Bad packets, and those that the filter or the kernel refuses, are counted
 // and skipped, so n is always len(bufs) until Close.
 func (t *TUN) Write(bufs [][]byte, offset int) (n int, err error) {
 	if t.closed.Load() {
@@ -90,7 +90,16 @@ func (x *tunWriter) collect(bufs [][]byte, offset int) {
 	}
 }
 
-// flushTo writes the groups to fd.
+// takeMessage gives b to the kernel as it is.
+func (t *TUN) takeMessage(b []byte) {
+	x := t.writers.Get().(*tunWriter)
+	defer t.writers.Put(x)
+	_ = x.q.raw.Control(func(fd uintptr) { x.plain(fd, b) }) // fails only after Close
+	clear(x.vectors[:2])
+	x.counts = inboundCounts{} // it has not come from a peer
+}
+
+// flushTo writes the groups that may pass to fd.
 func (x *tunWriter) flushTo(fd uintptr) {
 	c := &x.coalescer
 	filter, now := x.t.filter.Load(), int64(0)
@@ -158,9 +167,7 @@ func (x *tunWriter) superpacket(fd uintptr, g *group) {
 			x.t.refusal(gso.Type, errno)
 		}
 	default:
-		for range g.count {
-			x.t.drops.add(DropKernel)
-		}
+		x.t.drops.addN(DropKernel, int(g.count))
 	}
 }
 
