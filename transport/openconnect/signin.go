@@ -19,6 +19,7 @@ const (
 	maxRedirects = 5
 	maxCookies   = 32
 	defaultTries = 3
+	padding      = 64
 )
 
 // SignIn signs in to a server and returns what Connect needs. It asks o.Prompt for every
@@ -200,7 +201,8 @@ func (s *signIn) exchange(ctx context.Context, m *clientMessage) (*serverMessage
 
 // post sends one document and reads the answer whole.
 func (s *signIn) post(ctx context.Context, m *clientMessage) (*http.Response, []byte, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url.String(), bytes.NewReader(m.document()))
+	document := m.document()
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url.String(), bytes.NewReader(document))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -211,6 +213,8 @@ func (s *signIn) post(ctx context.Context, m *clientMessage) (*http.Response, []
 	h.Set("Content-Type", "application/xml; charset=utf-8")
 	h.Set("X-Transcend-Version", "1")
 	h.Set("X-Aggregate-Auth", "1")
+	// The length of a password is nobody's business: requests grow in steps, as openconnect's.
+	h.Set("X-Pad", strings.Repeat("0", padding-len(document)%padding))
 	var pairs []string
 	for name, value := range s.cookies {
 		pairs = append(pairs, name+"="+value)
@@ -248,7 +252,9 @@ func (s *signIn) post(ctx context.Context, m *clientMessage) (*http.Response, []
 func (s *signIn) fill(ctx context.Context, f *Form) (*clientMessage, error) {
 	m := s.message(typeReply)
 	m.opaque = s.opaque
-	signature := f.ID
+	// ocserv puts "Login failed." on a line before what it asks, and asks for password and
+	// code in forms that differ in nothing but that.
+	signature := f.ID + "\x00" + f.Message[strings.LastIndexByte(f.Message, '\n')+1:]
 	for _, field := range f.Fields {
 		if field.Kind != FieldHidden {
 			signature += "\x00" + field.Name + "\x00" + field.Label

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -101,6 +102,9 @@ func TestStockClientSignsIn(t *testing.T) {
 			}
 			if got := g.user(v["COOKIE"]); got != tt.user {
 				t.Errorf("the cookie %q is %q's, want %q's", v["COOKIE"], got, tt.user)
+			}
+			if old := slices.Contains(tt.args, "--no-xmlpost"); (g.clients[0].URL == "") != old {
+				t.Errorf("old forms %v, but the server was called %q", old, g.clients[0].URL)
 			}
 			if v["FINGERPRINT"] != s.pin {
 				t.Errorf("openconnect prints the pin %q, we %q", v["FINGERPRINT"], s.pin)
