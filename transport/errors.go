@@ -16,6 +16,8 @@ var (
 	errStreamEOF    = errors.New("the far end has closed the stream")
 	errStreamSilent = errors.New("the far end is silent")
 
+	errAbandoned = errors.New("abandoned")
+
 	errAppIDTaken = errors.New("the App-ID is another session's")
 )
 

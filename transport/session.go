@@ -202,7 +202,7 @@ func newSession(t *Transport, cfg SessionConfig, secret *sharedSecret) *Session 
 	}
 	s.secret.Store(secret)
 	if dpd := cfg.Datagrams.DPD; dpd > 0 {
-		s.timing.DPDTimeout = dpd * s.timing.DPDTimeout / s.timing.DPD
+		s.timing.DPDTimeout = inProportion(dpd, s.timing.DPDTimeout, s.timing.DPD)
 		s.timing.DPD = dpd
 	}
 	setPositive(&s.timing.Keepalive, cfg.Datagrams.Keepalive)
@@ -215,6 +215,11 @@ func newSession(t *Transport, cfg SessionConfig, secret *sharedSecret) *Session 
 	}
 	s.peer.init(s.mtu)
 	return s
+}
+
+// inProportion is to d as a is to b. The product of two intervals of some seconds does not fit 64 bits.
+func inProportion(d, a, b time.Duration) time.Duration {
+	return time.Duration(float64(d) * (float64(a) / float64(b)))
 }
 
 func setPositive(v *time.Duration, d time.Duration) {
@@ -339,6 +344,10 @@ func (s *Session) Close(reason error) {
 	s.end(reason)
 }
 
+// Abandon ends the session here without a word. Its client finds the stream ended, and may come back with a new CONNECT,
+// here or at another server that knows its cookie.
+func (s *Session) Abandon() { s.end(errAbandoned) }
+
 // end takes the session out of the transport.
 func (s *Session) end(reason error) {
 	t := s.t
@@ -362,10 +371,11 @@ func (s *Session) end(reason error) {
 	}
 }
 
-// goodbyeAll tells the far end why the session ends, by every channel, unless it was the far end that ended it.
+// goodbyeAll tells the far end why the session ends, by every channel, unless it was the far end that ended it, or
+// is to find out for itself.
 func (s *Session) goodbyeAll(reason error) {
 	var body []byte
-	if g := (*Goodbye)(nil); !errors.As(reason, &g) {
+	if g := (*Goodbye)(nil); !errors.As(reason, &g) && !errors.Is(reason, errAbandoned) {
 		text := reason.Error()
 		body = append([]byte{disconnectBody[0]}, text[:min(len(text), maxGoodbyeText)]...)
 	}

@@ -218,3 +218,12 @@ func TestSessionWithoutDatagrams(t *testing.T) {
 		t.Errorf("%v", p.srvTold)
 	}
 }
+
+// TestLongIntervals: what servers push, 30 s and 90 s for DPD and more, gives timeouts in proportion.
+func TestLongIntervals(t *testing.T) {
+	for _, dpd := range []time.Duration{time.Second, 30 * time.Second, 90 * time.Second, 30 * time.Minute} {
+		if got := inProportion(dpd, 30*time.Second, 10*time.Second); got != 3*dpd {
+			t.Errorf("DPD %v: timeout %v", dpd, got)
+		}
+	}
+}
