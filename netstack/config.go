@@ -41,6 +41,9 @@ type Config struct {
 	// bounds what that takes.
 	ACL       []ACLRule
 	ACLLimits ACLLimits
+	// TUN gives the node an interface of the kernel beside its stack; nil: it has none and needs
+	// no privileges.
+	TUN *TUNConfig
 
 	// DNS says who resolves the names in addresses.
 	DNS DNS
@@ -162,6 +165,9 @@ func (c *Config) validate() error {
 	c.validateACL(bad)
 	if c.Router != nil {
 		c.Router.validate(bad)
+	}
+	if c.TUN != nil {
+		c.TUN.validate(bad)
 	}
 	return errors.Join(errs...)
 }

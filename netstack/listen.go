@@ -10,6 +10,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/penstock-vpn/penstock/tunwrap"
 )
 
 // backlog is how many connections wait to be accepted: Linux's SOMAXCONN since 5.4.
@@ -29,6 +31,7 @@ func (n *Node) Listen(network, address string) (net.Listener, error) {
 	}
 	if terr := b.ep.Listen(backlog); terr != nil {
 		b.ep.Close()
+		b.release()
 		return nil, opError("listen", network, nil, b.netAddr("tcp"), errnoOf(terr))
 	}
 	return newListener(n, b), nil
@@ -47,6 +50,7 @@ func (n *Node) ListenPacket(network, address string) (net.PacketConn, error) {
 	}
 	c := newUDPConn(n, b.ep, b.wq)
 	c.local = b.netAddr("udp")
+	c.release = b.release
 	return c, nil
 }
 
@@ -55,6 +59,8 @@ type binding struct {
 	ep   tcpip.Endpoint
 	wq   *waiter.Queue
 	addr netip.AddrPort // [::] or 0.0.0.0 for all addresses
+	// release gives the port up, to the kernel if that has an interface too.
+	release func()
 }
 
 func (b *binding) netAddr(proto string) net.Addr {
@@ -90,8 +96,9 @@ func (n *Node) bind(network, proto string, version int, address string) (*bindin
 		// As in the net package: connections in TIME-WAIT do not keep the port.
 		so.SetReuseAddress(true)
 	}
+	only6 := version == 6 || !addr.Addr().IsUnspecified()
 	if addr.Addr().Is6() {
-		so.SetV6Only(version == 6 || !addr.Addr().IsUnspecified())
+		so.SetV6Only(only6)
 	}
 	at := tcpip.FullAddress{NIC: nicID, Port: addr.Port()}
 	if !addr.Addr().IsUnspecified() {
@@ -104,6 +111,11 @@ func (n *Node) bind(network, proto string, version int, address string) (*bindin
 	if at, terr := b.ep.GetLocalAddress(); terr == nil {
 		b.addr = netip.AddrPortFrom(addr.Addr(), at.Port)
 	}
+	what := tunwrap.ClaimTCP
+	if proto == "udp" {
+		what = tunwrap.ClaimUDP
+	}
+	b.release = n.claim(what, b.addr, addr.Addr().Is6() && !only6)
 	return b, nil
 }
 
@@ -206,6 +218,7 @@ func (l *listener) Close() error {
 	close(l.closed)
 	l.b.ep.Close()
 	l.b.wq.EventUnregister(&l.entry)
+	l.node.releaseUnused(l.b.addr.Port(), l.b.release) // what was accepted lives on
 	return nil
 }
 

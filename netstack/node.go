@@ -41,7 +41,12 @@ type Node struct {
 	wrapper   *tunwrap.Wrapper
 	filter    *tunwrap.Filter // nil: everything passes
 	transport *transport.Transport
-	router    *router // nil: the node routes nothing
+	router    *router       // nil: the node routes nothing
+	tun       kernelTUN     // nil: the node has no interface of the kernel
+	fork      *tunwrap.Fork // before wrapper and tun; nil if tun is
+
+	portConflict string         // see TUNStatus
+	lingering    sync.WaitGroup // of releaseUnused; added to under mu unless closed
 
 	own     map[netip.Addr]bool // the node's addresses; never changes
 	allowed atomic.Pointer[bart.Lite]
@@ -65,6 +70,7 @@ func New(cfg Config) (*Node, error) {
 	n, err := newInner(cfg)
 	if err != nil {
 		closeAll(cfg.Conns)
+		cfg.TUN.takeFD()
 		return nil, err
 	}
 	if err := n.startOuter(); err != nil {
@@ -118,31 +124,43 @@ func newInner(cfg Config) (*Node, error) {
 func (n *Node) startOuter() error {
 	conns, err := n.cfg.open()
 	if err != nil {
+		n.cfg.TUN.takeFD()
 		return fmt.Errorf("netstack: %w", err)
 	}
 	link := tunwrap.Link(n.link)
 	if n.cfg.Router != nil {
 		if n.router, err = newRouter(n); err != nil {
 			closeAll(conns)
+			n.cfg.TUN.takeFD()
 			return err
 		}
 		link = n.router.link
 		if _, err := n.adopt(n.router); err != nil {
 			closeAll(conns)
+			n.cfg.TUN.takeFD()
 			return err
 		}
 	}
 	n.wrapper = tunwrap.New(link, tunwrap.Options{MTU: n.innerMTU(), BatchSize: batchPackets(n.innerMTU()), Logger: n.log})
 	if n.filter, err = n.cfg.newFilter(); err != nil {
 		closeAll(conns)
+		n.cfg.TUN.takeFD()
 		return fmt.Errorf("netstack: %w", err)
 	}
 	n.wrapper.SetFilter(n.filter)
+	if n.cfg.TUN != nil {
+		if err := n.startTUN(); err != nil {
+			closeAll(conns)
+			return err
+		}
+	}
+	device, readers := n.device()
 	n.transport, err = transport.New(transport.Config{
 		Key:            n.cfg.PrivateKey,
 		Conns:          conns,
-		Device:         n.wrapper,
-		TooBig:         n.wrapper.TooBig,
+		Device:         device,
+		Readers:        readers,
+		TooBig:         n.tooBig,
 		PathMTUChanged: n.pathMTUChanged,
 		InnerMTU:       n.innerMTU(),
 		Logger:         n.log,
@@ -181,6 +199,7 @@ func (n *Node) pathMTUChanged(mtu int) {
 	n.log.Info("path MTU changed", "inner_mtu", mtu)
 	n.link.SetMTU(uint32(mtu))
 	n.wrapper.SetMTU(mtu)
+	n.interfaceMTU(mtu)
 }
 
 // AddPeer makes a peer known and calls it if it has an endpoint. It fails for the
@@ -242,7 +261,7 @@ func (n *Node) applyAllowed() {
 	}
 }
 
-// applyNAT makes the translations of peers the wrapper's.
+// applyNAT makes the translations of peers those of the wrapper and the kernel's interface.
 func (n *Node) applyNAT(peers []Peer) error {
 	var rules []tunwrap.NATRule
 	for _, p := range peers {
@@ -252,7 +271,11 @@ func (n *Node) applyNAT(peers []Peer) error {
 			})
 		}
 	}
-	return n.wrapper.SetNAT(rules)
+	if err := n.wrapper.SetNAT(rules); err != nil || n.tun == nil {
+		return err
+	}
+	n.fork.SetNAT(rules)
+	return n.tun.SetNAT(rules) // it accepts what the wrapper does
 }
 
 // Addresses are the node's own, inside the VPN.
@@ -335,8 +358,8 @@ const (
 
 // Close stops the node: forwarders first; then, for at most Config.CloseTimeout, it waits
 // for data on connections that the program has closed to be acknowledged; then it
-// resets the connections that are open, lets the last packets out, says goodbye to
-// the peers and frees everything. Operations under way return [net.ErrClosed]. A
+// resets the connections that are open, lets the last packets out, closes the kernel's
+// interface, says goodbye to the peers and frees everything. Operations under way return [net.ErrClosed]. A
 // second Close waits for the first and returns the same.
 func (n *Node) Close() error {
 	n.mu.Lock()
@@ -367,10 +390,14 @@ func (n *Node) Close() error {
 	if n.wrapper != nil {
 		errs = append(errs, n.wrapper.Close())
 	}
+	if n.tun != nil {
+		errs = append(errs, n.tun.Close())
+	}
 	n.link.Close()
 	if n.transport != nil {
 		errs = append(errs, n.transport.Close())
 	}
+	n.lingering.Wait()
 	errs = append(errs, n.endStack())
 	n.err = errors.Join(errs...)
 	return n.err

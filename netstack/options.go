@@ -14,6 +14,7 @@ import (
 
 	"github.com/penstock-vpn/penstock/linkep"
 	"github.com/penstock-vpn/penstock/transport"
+	"github.com/penstock-vpn/penstock/tunwrap"
 )
 
 // nicID is the stack's only interface.
@@ -75,6 +76,12 @@ func newStack(c *Config, link *linkep.Endpoint) (*stack.Stack, error) {
 		HandleLocal: true,
 	})
 	err := setOptions(s, c)
+	if err == nil && c.TUN != nil {
+		// The rest are the kernel's; see tunwrap.Fork.
+		if terr := s.SetPortRange(tunwrap.StackPorts, 65535); terr != nil {
+			err = fmt.Errorf("set the range of ports: %s", terr)
+		}
+	}
 	if err == nil {
 		err = addNIC(s, c, link)
 	}

@@ -12,6 +12,8 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/penstock-vpn/penstock/tunwrap"
 )
 
 // PingOptions say what an echo request looks like.
@@ -77,6 +79,13 @@ func (n *Node) Ping(ctx context.Context, to netip.Addr, o PingOptions) (PingRepl
 	defer wq.EventUnregister(&entry)
 	if terr := ep.Connect(fullAddress(netip.AddrPortFrom(to, 0))); terr != nil {
 		return fail(errnoOf(terr))
+	}
+	if at, terr := ep.GetLocalAddress(); terr == nil {
+		any := netip.IPv4Unspecified()
+		if to.Is6() {
+			any = netip.IPv6Unspecified()
+		}
+		defer n.claim(tunwrap.ClaimEcho, netip.AddrPortFrom(any, at.Port), false)() // the port is the identifier
 	}
 	sent := time.Now()
 	if _, terr := ep.Write(bytes.NewReader(request), tcpip.WriteOptions{}); terr != nil {

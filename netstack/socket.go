@@ -20,6 +20,7 @@ type socket struct {
 	wq            *waiter.Queue
 	local, remote net.Addr // as they were; the endpoint forgets them when it fails
 	in, out       direction
+	release       func() // of the port, if it was claimed
 
 	closing atomic.Bool
 	closed  chan struct{}
@@ -61,6 +62,9 @@ func (s *socket) close() error {
 	}
 	close(s.closed)
 	s.ep.Close()
+	if s.release != nil {
+		s.release()
+	}
 	s.wq.EventUnregister(&s.in.entry)
 	s.wq.EventUnregister(&s.out.entry)
 	s.in.deadline.set(time.Time{})

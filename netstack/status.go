@@ -30,6 +30,8 @@ type Status struct {
 	Router *RouterStatus `json:"router,omitempty"`
 	// ACL is nil when everything may pass.
 	ACL *ACLStatus `json:"acl,omitempty"`
+	// TUN is nil when the node has no interface of the kernel.
+	TUN *TUNStatus `json:"tun,omitempty"`
 	// Drops are packets given up outside of the tunnel, by reason; only what
 	// happened. Those of the tunnel are in Tunnel.Drops.
 	Drops map[string]uint64 `json:"drops"`
@@ -111,6 +113,12 @@ func (n *Node) Status() Status {
 	if n.router != nil {
 		s.Router = n.router.status()
 	}
+	if n.tun != nil {
+		t := n.tun.status()
+		divided := n.fork.Stats()
+		t.ToKernel, t.ToStack, t.PortConflict = divided.ToKernel, divided.ToStack, n.portConflict
+		s.TUN = &t
+	}
 	return s
 }
 
@@ -128,10 +136,17 @@ func dropsOf(link linkep.Stats, wrapped tunwrap.Drops) map[string]uint64 {
 	}
 	add("stack not attached", link.NotAttached)
 	add("not an IP packet", link.Malformed)
-	for d, n := range wrapped {
-		add(tunwrap.Drop(d).String(), n)
-	}
+	addDrops(m, wrapped)
 	return m
+}
+
+// addDrops adds the reasons that have happened.
+func addDrops(m map[string]uint64, drops tunwrap.Drops) {
+	for d, n := range drops {
+		if n > 0 {
+			m[tunwrap.Drop(d).String()] += n
+		}
+	}
 }
 
 func tcpStatus(st *tcpip.Stats) TCPStatus {

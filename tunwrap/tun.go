@@ -44,6 +44,14 @@ type Ability struct {
 	Reason string `json:"reason,omitempty"`
 }
 
+// String is "on", or "off: " and why.
+func (a Ability) String() string {
+	if a.On {
+		return "on"
+	}
+	return "off: " + a.Reason
+}
+
 func abilityOn() Ability { return Ability{On: true} }
 
 func abilityOff(reason string) Ability { return Ability{Reason: reason} }

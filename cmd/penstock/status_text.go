@@ -71,6 +71,7 @@ func statusText(r *control.Report, now time.Time) string {
 	p.line("mtu", "%d bytes", n.MTU)
 	p.peers(r, now)
 	p.sockets(r)
+	p.tun(r)
 	p.stack(r)
 	p.relays(r)
 	p.router(r)
@@ -135,6 +136,30 @@ func (p *page) sockets(r *control.Report) {
 		p.line("buffers", "%s receive, %s send", amount(uint64(c.ReceiveBuffer)), amount(uint64(c.SendBuffer)))
 		p.line("outbound", "%s in %d datagrams, %s a system call", amount(s.Stats.BytesOut), s.Stats.DatagramsOut, ratio(s.Stats.DatagramsOut, s.Stats.Sends))
 		p.line("inbound", "%s in %d datagrams, %s a system call", amount(s.Stats.BytesIn), s.Stats.DatagramsIn, ratio(s.Stats.DatagramsIn, s.Stats.Receives))
+	}
+}
+
+func (p *page) tun(r *control.Report) {
+	s := r.Node.TUN
+	if s == nil {
+		return
+	}
+	p.heading("interface %s", s.Name)
+	c := s.Capabilities
+	p.line("TSO", "%s", c.TSO)
+	p.line("USO", "%s", c.USO)
+	if c.GROTCP == c.GROUDP {
+		p.line("GRO", "%s", c.GROTCP)
+	} else {
+		p.line("GRO TCP", "%s", c.GROTCP)
+		p.line("GRO UDP", "%s", c.GROUDP)
+	}
+	p.line("queues", "%d", c.Queues)
+	p.line("outbound", "%s, %s segments a packet", amount(s.Outbound.Bytes), ratio(s.Outbound.Segments, s.Outbound.Packets))
+	p.line("inbound", "%s, %s segments a packet", amount(s.Inbound.Bytes), ratio(s.Inbound.Segments, s.Inbound.Packets))
+	p.line("divided", "%d packets to the kernel, %d to the stack", s.ToKernel, s.ToStack)
+	if s.PortConflict != "" {
+		p.line("ports", "%s", s.PortConflict)
 	}
 }
 
@@ -233,6 +258,11 @@ func allDrops(r *control.Report) map[string]uint64 {
 	}
 	for reason, n := range r.Node.Drops {
 		all[reason] += n
+	}
+	if r.Node.TUN != nil {
+		for reason, n := range r.Node.TUN.Drops {
+			all["interface: "+reason] += n
+		}
 	}
 	for _, s := range r.Node.Tunnel.Sockets {
 		for reason, n := range map[string]uint64{

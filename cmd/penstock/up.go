@@ -255,6 +255,10 @@ func logUp(log *slog.Logger, node *netstack.Node, path string) {
 		log.Info("socket", "local", s.Local, "gso", c.GSO.String(), "gro", c.GRO.String(),
 			"receive_buffer", c.ReceiveBuffer, "send_buffer", c.SendBuffer)
 	}
+	if t := status.TUN; t != nil {
+		log.Info("interface", "name", t.Name, "tso", t.Capabilities.TSO.String(), "uso", t.Capabilities.USO.String(),
+			"gro_tcp", t.Capabilities.GROTCP.String(), "queues", t.Capabilities.Queues)
+	}
 	if r := status.Router; r != nil {
 		log.Info("router", "ping4", r.Echo4, "ping6", r.Echo6)
 	}
