@@ -234,7 +234,7 @@ type server struct {
 }
 
 // serve starts a server on address, such as 127.0.0.1:0. change may alter it first.
-func serve(t *testing.T, g *gate, address string, change func(*Handler, *tls.Config)) *server {
+func serve(t *testing.T, g *gate, address string, change func(*Handler, *tls.Config), tune ...func(*http.Server)) *server {
 	t.Helper()
 	s := &server{gate: g, ca: newAuthority(t)}
 	certificate, _, _ := s.ca.issue("localhost")
@@ -246,6 +246,9 @@ func serve(t *testing.T, g *gate, address string, change func(*Handler, *tls.Con
 	s.pin = Pin(certificate.Leaf)
 	s.http = NewServer(h, config)
 	s.http.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	for _, tune := range tune {
+		tune(s.http)
+	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {
 		t.Fatal(err)

@@ -62,7 +62,8 @@ func (h *Handler) connect(w http.ResponseWriter, r *http.Request, c *Client) {
 		h.refuse(w, r, err)
 		return
 	}
-	handover, err := takeOver(w, admission.Settings.AppendTo([]byte("HTTP/1.1 200 CONNECTED\r\n")))
+	settings := admission.Settings.fit(request, attempt.PSK != nil)
+	handover, err := takeOver(w, settings.AppendTo([]byte("HTTP/1.1 200 CONNECTED\r\n")))
 	if err != nil {
 		h.log().Info("CONNECT: lost while answering", "remote", r.RemoteAddr, "err", err)
 		if admission.Abort != nil {

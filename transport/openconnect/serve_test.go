@@ -312,3 +312,33 @@ func TestSlowHeaders(t *testing.T) {
 		t.Errorf("long headers: %v, %v", answer, err)
 	}
 }
+
+// slow is an Authenticator that takes its time.
+type slow struct {
+	fixed
+	ended chan error
+}
+
+func (s slow) Begin(ctx context.Context, c *Client, group string) (Decision, error) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(400 * time.Millisecond):
+	}
+	s.ended <- ctx.Err()
+	return s.fixed.Begin(ctx, c, group)
+}
+
+// TestAuthenticatorHasTime: the limit on reading a request is none on judging it.
+func TestAuthenticatorHasTime(t *testing.T) {
+	ended := make(chan error, 1)
+	s := serve(t, newGate(), "127.0.0.1:0", func(h *Handler, _ *tls.Config) {
+		h.Authenticator = slow{fixed{Decision{Cookie: "abc"}, nil}, ended}
+	}, func(s *http.Server) { s.ReadTimeout = 150 * time.Millisecond })
+	login, err := SignIn(bounded(t), s.options())
+	if err != nil || login.Cookie != "abc" {
+		t.Errorf("%+v, %v", login, err)
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("its context: %v", err)
+	}
+}

@@ -86,6 +86,8 @@ type Attempt struct {
 
 // Admission is a tunnel that was admitted.
 type Admission struct {
+	// Settings are sent but for what the client has not asked for: addresses, servers
+	// and networks of an IP version that it does not take, and DTLS without a key.
 	Settings Settings
 	// Start takes the connection, after the answer was written. It is called on the
 	// goroutine of the request, which may as well serve the tunnel.
@@ -143,14 +145,14 @@ type Handler struct {
 const (
 	headerTime     = 10 * time.Second
 	requestTime    = 20 * time.Second
-	answerTime     = 30 * time.Second
+	answerTime     = 60 * time.Second // somebody's telephone may have to be asked
 	idleTime       = 60 * time.Second
 	maxRequestHead = 16 << 10 // openconnect's are below 2 KiB
 )
 
 // NewServer makes an http.Server with what the protocol and hostile clients ask for:
 // HTTP/1.1 only, TLS 1.2 or newer, headers within 10 s and 16 KiB, requests within
-// 20 s. Who makes his own sets the same fields. config has the certificate and is
+// 20 s; an Authenticator has 60 s, of which its context knows nothing. Who makes his own sets the same fields. config has the certificate and is
 // copied; for client certificates set ClientAuth to tls.VerifyClientCertIfGiven, and
 // ClientCAs. The caller sets ErrorLog and calls ServeTLS(listener, "", "").
 func NewServer(h *Handler, config *tls.Config) *http.Server {

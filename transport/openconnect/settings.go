@@ -235,6 +235,34 @@ func (s *Settings) PSK() bool {
 	return s.DTLSPort > 0 && len(s.AppID) > 0 && s.CipherSuite == PSKNegotiate
 }
 
+// fit returns s without what a client has no use for.
+func (s *Settings) fit(c *ConnectRequest, psk bool) *Settings {
+	fitted := *s
+	v4, v6 := c.IPv4, c.IPv6 && c.FullIPv6
+	wanted := func(a netip.Addr) bool { return a.Is4() && v4 || a.Is6() && v6 }
+	fitted.Addresses = keep(s.Addresses, netip.Prefix.Addr, wanted)
+	fitted.Exclude = keep(s.Exclude, netip.Prefix.Addr, wanted)
+	fitted.DNS = keep(s.DNS, func(a netip.Addr) netip.Addr { return a }, wanted)
+	// None at all would mean everything.
+	if fitted.Include = keep(s.Include, netip.Prefix.Addr, wanted); len(fitted.Include) == 0 {
+		fitted.Include = s.Include
+	}
+	if !psk && s.CipherSuite == PSKNegotiate {
+		fitted.DTLSPort = 0
+	}
+	return &fitted
+}
+
+// keep returns those of which the address is wanted.
+func keep[T any](all []T, address func(T) netip.Addr, wanted func(netip.Addr) bool) (kept []T) {
+	for _, one := range all {
+		if wanted(address(one)) {
+			kept = append(kept, one)
+		}
+	}
+	return kept
+}
+
 // mask4 writes a prefix length as an IPv4 netmask.
 func mask4(bits int) string {
 	return net.IP(net.CIDRMask(bits, 32)).String()

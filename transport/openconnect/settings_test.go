@@ -155,3 +155,12 @@ X-CSTP-Smartcard-Removal-Disconnect: true
 		t.Errorf("%+v, want\n%+v", got, want)
 	}
 }
+
+// TestFitKeepsSplitRoutes: a client of IPv4 alone must not get a default route because the
+// only networks are of IPv6.
+func TestFitKeepsSplitRoutes(t *testing.T) {
+	s := &Settings{Include: []netip.Prefix{netip.MustParsePrefix("fd00::/8")}}
+	if got := s.fit(&ConnectRequest{IPv4: true}, false); len(got.Include) != 1 {
+		t.Errorf("%v", got.Include)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Bounds on a sign-in as a whole: no server has a reason for more.
@@ -51,6 +52,9 @@ func SignIn(ctx context.Context, o Options) (*Login, error) {
 		DisableCompression:     true,
 		MaxResponseHeaderBytes: maxHeaderBytes,
 		ResponseHeaderTimeout:  responseTime,
+		// A POST is not repeated on a connection that the server has closed in the
+		// meantime: people are slow, so each takes a new one.
+		IdleConnTimeout: 5 * time.Second,
 	}
 	defer transport.CloseIdleConnections()
 	s.http = &http.Client{
