@@ -2,12 +2,7 @@ package openconnect
 
 import (
 	"context"
-	"crypto/hmac"
-	"crypto/sha1"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -426,7 +421,7 @@ func (s *ocserv) signInWithCode(t *testing.T, name, group string) {
 		case strings.Contains(q.Form.Message, "OTP"):
 			// A code is good once.
 			s.codes++
-			return totp(t, time.Now().Add(time.Duration(s.codes-1)*30*time.Second)), nil
+			return totp(t, ocservSecret, time.Now().Add(time.Duration(s.codes-1)*30*time.Second)), nil
 		}
 		return testPassword, nil
 	}
@@ -445,18 +440,4 @@ func (s *ocserv) signInWithCode(t *testing.T, name, group string) {
 	if want := "user of group '" + group + "' authenticated"; !strings.Contains(s.out.String(), want) {
 		t.Errorf("ocserv does not say %q", want)
 	}
-}
-
-// totp is the code of a time: RFC 6238, 30 seconds, 6 digits.
-func totp(t *testing.T, now time.Time) string {
-	t.Helper()
-	key, err := hex.DecodeString(ocservSecret)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := hmac.New(sha1.New, key)
-	binary.Write(h, binary.BigEndian, uint64(now.Unix()/30))
-	sum := h.Sum(nil)
-	offset := sum[len(sum)-1] & 15
-	return fmt.Sprintf("%06d", binary.BigEndian.Uint32(sum[offset:])&0x7fffffff%1000000)
 }
