@@ -17,7 +17,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -272,18 +271,4 @@ func serve(t *testing.T, g *gate, address string, change func(*Handler, *tls.Con
 		}
 	})
 	return s
-}
-
-// port is that of an address.
-func port(t *testing.T, address string) int {
-	t.Helper()
-	_, p, err := net.SplitHostPort(address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := strconv.Atoi(p)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
 }

@@ -175,16 +175,6 @@ func (n *node) attr(name string) string {
 	return ""
 }
 
-// child is the first element of a name, nil when there is none.
-func (n *node) child(name string) *node {
-	for _, c := range n.children {
-		if c.name == name {
-			return c
-		}
-	}
-	return nil
-}
-
 // content is the text of n and of what is in it. A nil node has none.
 func (n *node) content() string {
 	if n == nil {
