@@ -13,7 +13,7 @@ import (
 	"github.com/penstock-vpn/penstock/transport"
 )
 
-// Config describes a [Node]. PrivateKey and Addresses are required.
+// Config describes a [Node]. PrivateKey and Addresses are required, unless OpenConnect is set.
 type Config struct {
 	PrivateKey PrivateKey
 	// Addresses are the node's own, inside the VPN. Only the address of a prefix
@@ -33,6 +33,10 @@ type Config struct {
 	MTU int
 
 	Peers []Peer
+
+	// OpenConnect makes the node a client of an OpenConnect server, besides the peers it may have;
+	// nil: it is none. Addresses stay empty then, and PrivateKey may.
+	OpenConnect *OpenConnect
 
 	// Router makes the node a subnet router; nil: it routes nothing.
 	Router *RouterConfig
@@ -68,6 +72,8 @@ type Config struct {
 	CloseTimeout time.Duration
 
 	Logger *slog.Logger // nil: discarded
+
+	tunnelMTU int // that the OpenConnect server has pushed
 }
 
 // Peer is another node.

@@ -19,6 +19,7 @@ import (
 
 	"github.com/penstock-vpn/penstock/linkep"
 	"github.com/penstock-vpn/penstock/transport"
+	"github.com/penstock-vpn/penstock/transport/openconnect"
 	"github.com/penstock-vpn/penstock/tunwrap"
 )
 
@@ -35,15 +36,16 @@ type Node struct {
 	resolver *net.Resolver
 	dns      *dnsClient
 
-	stack     *stack.Stack
-	budget    *sendBudget
-	link      *linkep.Endpoint
-	wrapper   *tunwrap.Wrapper
-	filter    *tunwrap.Filter // nil: everything passes
-	transport *transport.Transport
-	router    *router       // nil: the node routes nothing
-	tun       kernelTUN     // nil: the node has no interface of the kernel
-	fork      *tunwrap.Fork // before wrapper and tun; nil if tun is
+	stack       *stack.Stack
+	budget      *sendBudget
+	link        *linkep.Endpoint
+	wrapper     *tunwrap.Wrapper
+	filter      *tunwrap.Filter // nil: everything passes
+	transport   *transport.Transport
+	router      *router            // nil: the node routes nothing
+	openconnect *openconnectTunnel // nil: the node is no client of a server
+	tun         kernelTUN          // nil: the node has no interface of the kernel
+	fork        *tunwrap.Fork      // before wrapper and tun; nil if tun is
 
 	portConflict string         // see TUNStatus
 	lingering    sync.WaitGroup // of releaseUnused; added to under mu unless closed
@@ -55,27 +57,50 @@ type Node struct {
 	cancel context.CancelFunc
 	closed chan struct{} // closed when Close has ended
 
-	mu    sync.Mutex
-	peers []Peer // what AddPeer has admitted
-	owned map[*ownedCloser]struct{}
-	err   error // of Close
+	mu           sync.Mutex
+	peers        []Peer            // what AddPeer has admitted
+	behindServer []netip.Prefix    // the OpenConnect one
+	tunnelNAT    []tunwrap.NATRule // towards it
+	owned        map[*ownedCloser]struct{}
+	err          error // of Close
 }
 
 // An ownedCloser is something that Close closes first.
 type ownedCloser struct{ io.Closer }
 
 // New validates cfg, reporting everything that is wrong with it as [ConfigError]s, and
-// starts a node. It does not wait for peers; see [Node.WaitEstablished].
+// starts a node. It does not wait for peers, see [Node.WaitEstablished], but for the OpenConnect server if
+// there is to be one.
 func New(cfg Config) (*Node, error) {
+	var o *openconnectTunnel
+	var first *openconnect.Tunnel
+	if cfg.OpenConnect != nil {
+		var err error
+		if o, first, err = connectOpenConnect(&cfg); err != nil {
+			closeAll(cfg.Conns)
+			cfg.TUN.takeFD()
+			return nil, err
+		}
+	}
 	n, err := newInner(cfg)
 	if err != nil {
 		closeAll(cfg.Conns)
 		cfg.TUN.takeFD()
+		o.giveUp(first)
 		return nil, err
 	}
 	if err := n.startOuter(); err != nil {
+		o.giveUp(first)
 		n.Close()
 		return nil, err
+	}
+	if o != nil {
+		if err := o.start(n, first); err != nil {
+			o.giveUp(nil)
+			n.Close()
+			return nil, err
+		}
+		n.openconnect = o
 	}
 	return n, nil
 }
@@ -180,8 +205,11 @@ func (n *Node) startOuter() error {
 
 // innerMTU is the largest packet at the start.
 func (n *Node) innerMTU() int {
-	if n.cfg.MTU != 0 {
+	switch {
+	case n.cfg.MTU != 0:
 		return n.cfg.MTU
+	case n.cfg.tunnelMTU != 0:
+		return min(n.cfg.tunnelMTU, maxMTU)
 	}
 	return transport.DefaultInnerMTU
 }
@@ -255,6 +283,9 @@ func (n *Node) applyAllowed() {
 			t.Insert(pfx.Masked())
 		}
 	}
+	for _, pfx := range n.behindServer {
+		t.Insert(pfx)
+	}
 	n.allowed.Store(t)
 	if n.router != nil {
 		n.router.setPeers(n.peers)
@@ -263,7 +294,7 @@ func (n *Node) applyAllowed() {
 
 // applyNAT makes the translations of peers those of the wrapper and the kernel's interface.
 func (n *Node) applyNAT(peers []Peer) error {
-	var rules []tunwrap.NATRule
+	rules := slices.Clone(n.tunnelNAT)
 	for _, p := range peers {
 		for _, a := range p.KnownAs {
 			rules = append(rules, tunwrap.NATRule{
@@ -277,6 +308,22 @@ func (n *Node) applyNAT(peers []Peer) error {
 	n.fork.SetNAT(rules)
 	return n.tun.SetNAT(rules) // it accepts what the wrapper does
 }
+
+// setBehindServer says what is behind the OpenConnect server, and by which addresses that knows the node, if
+// others than its own.
+func (n *Node) setBehindServer(behind []netip.Prefix, known []netip.Addr) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.behindServer, n.tunnelNAT = behind, nil
+	n.applyAllowed()
+	for _, a := range known {
+		n.tunnelNAT = append(n.tunnelNAT, tunwrap.NATRule{Peer: behind, Inside: firstOf(n.cfg.Addresses, a.Is4()), Outside: a})
+	}
+	return n.applyNAT(n.peers)
+}
+
+// OpenConnect is the state of the tunnel of Config.OpenConnect, nil if there is none.
+func (n *Node) OpenConnect() *OpenConnectStatus { return n.openconnect.snapshot() }
 
 // Addresses are the node's own, inside the VPN.
 func (n *Node) Addresses() []netip.Prefix { return slices.Clone(n.cfg.Addresses) }
@@ -394,6 +441,9 @@ func (n *Node) Close() error {
 		errs = append(errs, n.tun.Close())
 	}
 	n.link.Close()
+	if n.openconnect != nil {
+		n.openconnect.stop()
+	}
 	if n.transport != nil {
 		errs = append(errs, n.transport.Close())
 	}

@@ -26,6 +26,8 @@ type Status struct {
 	TCP       TCPStatus        `json:"tcp"`
 	UDP       UDPStatus        `json:"udp"`
 	Relays    []RelayStatus    `json:"relays"` // of Forward and Publish
+	// OpenConnect is nil when the node is no client of an OpenConnect server.
+	OpenConnect *OpenConnectStatus `json:"openconnect,omitempty"`
 	// Router is nil when the node routes nothing.
 	Router *RouterStatus `json:"router,omitempty"`
 	// ACL is nil when everything may pass.
@@ -109,6 +111,7 @@ func (n *Node) Status() Status {
 	st := n.stack.Stats()
 	s.TCP, s.UDP = tcpStatus(&st), udpStatus(&st)
 	s.Relays = n.relays()
+	s.OpenConnect = n.OpenConnect()
 	s.ACL = n.aclStatus()
 	if n.router != nil {
 		s.Router = n.router.status()

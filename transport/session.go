@@ -33,6 +33,10 @@ type SessionConfig struct {
 	// PackFrames puts several frames into one TLS record, which is much faster. Only for a far end
 	// that is known to read a stream of frames, as Penstock does: stock software wants one frame a record.
 	PackFrames bool
+	// TiedChannels: the far end's datagram channel ends with the stream whose CONNECT it belongs to, as that of ocserv
+	// does (1.1.6), where one process serves both. A client then gives its datagrams up when the stream is lost or about to be
+	// replaced: what it would still send would be taken for the beginning of the next channel, and spoil that.
+	TiedChannels bool
 	// Events tell the owner what happens to the session.
 	Events SessionEvents
 }
@@ -333,6 +337,9 @@ func (s *Session) Renewing(on bool) {
 	s.peer.mu.Lock()
 	defer s.peer.mu.Unlock()
 	s.renewing = on
+	if on {
+		s.tieLocked("a new CONNECT is due")
+	}
 }
 
 // Close ends the session and tells the far end why. It does not wait for what
@@ -347,6 +354,9 @@ func (s *Session) Close(reason error) {
 // Abandon ends the session here without a word. Its client finds the stream ended, and may come back with a new CONNECT,
 // here or at another server that knows its cookie.
 func (s *Session) Abandon() { s.end(errAbandoned) }
+
+// Endpoint is SessionConfig.Endpoint.
+func (s *Session) Endpoint() string { return s.cfg.Endpoint }
 
 // end takes the session out of the transport.
 func (s *Session) end(reason error) {

@@ -204,6 +204,24 @@ func (s *Session) disassociatedLocked() {
 	}
 }
 
+// tieLocked gives datagrams up for good, until Renew, where they go with their stream.
+func (s *Session) tieLocked(why string) {
+	p := s.peer
+	if !s.cfg.TiedChannels || s.secret.Load() == nil || p.stopped {
+		return
+	}
+	s.secret.Store(nil)
+	s.noDatagrams = why
+	if p.hangUp != nil {
+		p.hangUp()
+	}
+	old := p.slots.Load()
+	p.setSlotsLocked(&slots{})
+	for a := range old.each {
+		p.retireLocked(a)
+	}
+}
+
 // setStreamLocked gives the session a stream, in place of the one it may have, and starts what reads it.
 func (s *Session) setStreamLocked(st *stream, why string) {
 	if old := s.stream; old != nil {
@@ -232,6 +250,7 @@ func (s *Session) streamEnded(st *stream, reason error) {
 	if p.stopped {
 		return
 	}
+	s.tieLocked("the stream is lost")
 	s.routeLocked(fmt.Sprintf("the stream is lost: %v", reason))
 	s.t.log.Info("session stream lost", "session", p.name, "err", reason)
 	if lost := s.cfg.Events.StreamLost; lost != nil {

@@ -55,6 +55,22 @@ type SocketOptions struct {
 	Logger *slog.Logger // told once when an offload is withdrawn; nil: discarded
 }
 
+// MarkControl is a net.Dialer.Control that sets SO_MARK, for connections that are to take the way of the
+// tunnel's datagrams; nil for mark 0. The dial fails where [SocketOptions].Mark would.
+func MarkControl(mark uint32) func(network, address string, c syscall.RawConn) error {
+	if mark == 0 {
+		return nil
+	}
+	o := SocketOptions{Mark: mark}
+	return func(_, _ string, c syscall.RawConn) error {
+		var optErr error
+		if err := c.Control(func(fd uintptr) { optErr = o.beforeBind(fd) }); err != nil {
+			return err
+		}
+		return optErr
+	}
+}
+
 // DefaultSocketBuffer is asked for in each direction, in bytes. The usual
 // default of 208 KiB is three full runs; 8 MiB holds about 10 ms of 6 Gbit/s.
 const DefaultSocketBuffer = 8 << 20

@@ -108,6 +108,7 @@ func StartServer(t testing.TB, o ServerOptions) *Server {
 		t.Fatal(err)
 	}
 	s.process = launch(t, "", path, "-f", "-d", "2", "-c", file)
+	s.Await(10*time.Second, `sec-mod initialized`) // it may listen before: then who comes is turned away
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		c, err := net.DialTimeout("tcp", o.Listen.String(), time.Second)
 		if err == nil {
