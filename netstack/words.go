@@ -15,6 +15,9 @@ type (
 	CipherSuite = transport.CipherSuite
 )
 
+// PeerEstablished is the PeerStatus.State of a peer to which packets flow.
+const PeerEstablished = transport.PeerEstablished
+
 // The suites a tunnel can use.
 const (
 	AES128GCM        = transport.AES128GCM

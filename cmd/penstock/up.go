@@ -88,8 +88,10 @@ func up(c *config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	manager := notifyReady(r.node.Status, log)
 	s := <-interrupts
 	log.Info("closing", "signal", s.String())
+	manager.closing()
 	if err := finish(r.close, interrupts); err != nil {
 		return err
 	}
