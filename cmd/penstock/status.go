@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -83,12 +82,12 @@ func findSocket(cmd *cobra.Command, file, socket string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return socketPath(c), nil
+		if c.Node.Socket != "" {
+			return c.Node.Socket, nil
+		}
+		return control.Find(c.File), nil
 	}
-	sockets, err := filepath.Glob(filepath.Join(escapeGlob(control.Folder()), "*.sock"))
-	if err != nil {
-		return "", err
-	}
+	sockets := control.Sockets()
 	switch len(sockets) {
 	case 0:
 		return "", fmt.Errorf("%w: there is no control socket in %s; name the node with -c or --socket", control.ErrNotRunning, control.Folder())
@@ -96,12 +95,4 @@ func findSocket(cmd *cobra.Command, file, socket string) (string, error) {
 		return sockets[0], nil
 	}
 	return "", exitWith(exitUsage, fmt.Errorf("several nodes have a control socket; name one with --socket:\n\t%s", strings.Join(sockets, "\n\t")))
-}
-
-// escapeGlob makes a path mean itself in a pattern.
-func escapeGlob(path string) string {
-	if os.PathSeparator == '\\' { // Windows patterns have no escapes
-		return path
-	}
-	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
 }

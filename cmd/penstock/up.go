@@ -126,6 +126,12 @@ func bringUp(c *config.Config, log *slog.Logger) (*running, error) {
 	if err != nil {
 		return nil, err
 	}
+	if c.Node.SocketGroup != "" {
+		if err := control.Share(path, c.Node.SocketGroup); err != nil {
+			l.Close()
+			return nil, err
+		}
+	}
 	node, err := startNode(c, log)
 	if err != nil {
 		l.Close()

@@ -42,6 +42,8 @@ type Node struct {
 	Listen []netip.AddrPort
 	MTU    int    // bytes of the largest inner packet; 0: from the path
 	Socket string // path of the control socket; empty: the default
+	// SocketGroup may open the control socket; empty: this user alone.
+	SocketGroup string
 	// CipherSuites in order of preference; nil: the default order.
 	CipherSuites []netstack.CipherSuite
 	Speedtest    bool // peers may measure the throughput to this node

@@ -31,6 +31,7 @@ listen = ["0.0.0.0:5182", "[::]:5182"]
 mtu = 1400
 speedtest = true
 control = "a.sock"
+control_group = "wheel"
 cipher_suites = ["aes-256-gcm", "chacha20-poly1305"]
 log = "debug"
 log_format = "json"
@@ -198,6 +199,7 @@ func TestWhole(t *testing.T) {
 			Listen:       []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:5182"), netip.MustParseAddrPort("[::]:5182")},
 			MTU:          1400,
 			Socket:       "a.sock",
+			SocketGroup:  "wheel",
 			CipherSuites: []netstack.CipherSuite{netstack.AES256GCM, netstack.ChaCha20Poly1305},
 			Speedtest:    true,
 			LogLevel:     -4,

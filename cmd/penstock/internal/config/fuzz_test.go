@@ -111,6 +111,7 @@ func written(c *Config) string {
 	list("listen", len(n.Listen), func(i int) string { return n.Listen[i].String() })
 	line("mtu", "%d", n.MTU != 0, n.MTU)
 	text("control", n.Socket)
+	text("control_group", n.SocketGroup)
 	line("speedtest", "%v", n.Speedtest, true)
 	list("cipher_suites", len(n.CipherSuites), func(i int) string {
 		for name, s := range suites {

@@ -46,6 +46,7 @@ func (r *reader) node(raw *rawNode, keyFile KeyFile) (n Node) {
 	}
 	n.MTU = int(r.integer("node.mtu", raw.MTU, least, maxMTU))
 
+	n.SocketGroup, _ = r.text("node.control_group", raw.ControlGroup, "the name of a group")
 	n.Socket, _ = r.text("node.control", raw.Control, "the path of a Unix socket")
 	if len(n.Socket) > maxSocketPath {
 		r.wrong("node.control", fmt.Sprintf("is %d bytes long", len(n.Socket)), fmt.Sprintf("a path of at most %d bytes", maxSocketPath))

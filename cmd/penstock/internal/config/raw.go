@@ -32,6 +32,7 @@ type rawNode struct {
 	Listen         any `toml:"listen"`
 	MTU            any `toml:"mtu"`
 	Control        any `toml:"control"`
+	ControlGroup   any `toml:"control_group"`
 	CipherSuites   any `toml:"cipher_suites"`
 	Speedtest      any `toml:"speedtest"`
 	Log            any `toml:"log"`

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -214,5 +215,72 @@ func TestHungClient(t *testing.T) {
 	stop()
 	if took := time.Since(began); took > 3*time.Second {
 		t.Errorf("stop took %v", took)
+	}
+}
+
+// TestService: a node that a service manager starts has its socket in the folder made for it, and is
+// found there by who has not that folder.
+func TestService(t *testing.T) {
+	own := folder(t)
+	system, err := os.MkdirTemp("", "pst")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(system) })
+	was := systemFolder
+	systemFolder = system
+	t.Cleanup(func() { systemFolder = was })
+	if got := Find("/etc/penstock/home.toml"); got != filepath.Join(own, "home.sock") {
+		t.Errorf("no node at all is asked at %s", got)
+	}
+	if got := Sockets(); len(got) != 0 {
+		t.Errorf("sockets %v of no node", got)
+	}
+	home := filepath.Join(system, "home")
+	if err := os.Mkdir(home, 0o755); err != nil { // what RuntimeDirectoryMode= has by default
+		t.Fatal(err)
+	}
+	t.Setenv("RUNTIME_DIRECTORY", home+":/run/another")
+	path := Path("/run/credentials/penstock@home.service/home.toml")
+	if want := filepath.Join(home, "home.sock"); path != want {
+		t.Fatalf("path %s, want %s", path, want)
+	}
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer Serve(l, func() Report { return Report{PID: 5} }, nil)()
+	t.Setenv("RUNTIME_DIRECTORY", "")
+	if got := Find("/etc/penstock/home.toml"); got != path {
+		t.Errorf("asked at %s, want %s", got, path)
+	}
+	if got := Sockets(); len(got) != 1 || got[0] != path {
+		t.Errorf("sockets %v, want %s", got, path)
+	}
+	if _, err := Fetch(t.Context(), path); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestShare: the socket opens for a group.
+func TestShare(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("no groups of files here")
+	}
+	folder(t)
+	l, err := Listen(Path("a.toml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	path := l.Addr().String()
+	if err := Share(path, strconv.Itoa(os.Getgid())); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o660 {
+		t.Errorf("mode %v, want 0660 (%v)", st.Mode().Perm(), err)
+	}
+	if err := Share(path, "no-such-group"); err == nil {
+		t.Error("shared with a group that does not exist")
 	}
 }
