@@ -21,7 +21,11 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"go.uber.org/goleak"
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // gate is an Authenticator and Sessions for tests: alice with the password "open
 // <sesame> & more", perhaps a group, a code or a certificate.
