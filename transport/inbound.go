@@ -163,8 +163,8 @@ func (in *inbound) release(at path) {
 	a.inMu.Unlock()
 	p := a.peer
 	p.in.add(in.counted.packets, in.counted.bytes)
-	if in.counted.packets > 0 && p.detour.Load() != nil && a == p.slots.Load().current {
-		p.session.heardDatagrams()
+	if in.counted.packets > 0 && p.session != nil {
+		p.session.heardDatagrams(a, in.now)
 	}
 	in.counted.packets, in.counted.bytes = 0, 0
 	if in.heard {

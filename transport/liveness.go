@@ -204,7 +204,7 @@ func (p *peer) answered(r dpdAnswer) {
 	}
 	p.rtt = time.Duration(now - r.sent)
 	if p.session != nil {
-		p.session.answeredLocked(r.sent)
+		p.session.answeredLocked(r.sent, now)
 	}
 	if p.mtu.answered(r.size, r.sent, now) {
 		p.wakeLocked()

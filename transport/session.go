@@ -131,8 +131,9 @@ type Session struct {
 	// halfOpen are the handshakes that the far end has begun and not completed; guarded by halfOpenTable.mu.
 	halfOpen []*pending
 
-	streamDPD, streamKeepalive time.Duration
-	byStream                   struct{ in, out traffic } // the stream's part of the peer's
+	streamDPD, streamTimeout, streamKeepalive time.Duration
+	byStream                                  struct{ in, out traffic } // the stream's part of the peer's
+	lastPacket                                atomic.Int64              // clock reading of the last packet by datagram
 
 	// What follows is guarded by peer.mu.
 	stream      *stream   // of the last CONNECT; nil when it was lost
@@ -141,9 +142,10 @@ type Session struct {
 	path        SessionPath
 	why         string // the reason for path
 	noDatagrams string
-	redial      bool // a handshake under a new secret is due
-	again       bool // the handshake under way is under an old one
-	renewing    bool // the owner makes a new CONNECT
+	redial      bool  // a handshake under a new secret is due
+	again       bool  // the handshake under way is under an old one
+	renewing    bool  // the owner makes a new CONNECT
+	untold      error // the stream was lost meanwhile
 	streamRTT   time.Duration
 
 	events eventQueue
@@ -212,6 +214,7 @@ func newSession(t *Transport, cfg SessionConfig, secret *sharedSecret) *Session 
 	setPositive(&s.timing.Keepalive, cfg.Datagrams.Keepalive)
 	s.streamDPD, s.streamKeepalive = t.cfg.Timing.DPD, t.cfg.Timing.Keepalive
 	setPositive(&s.streamDPD, cfg.Stream.DPD)
+	s.streamTimeout = inProportion(s.streamDPD, t.cfg.Timing.DPDTimeout, t.cfg.Timing.DPD)
 	setPositive(&s.streamKeepalive, cfg.Stream.Keepalive)
 	s.peer = &peer{
 		t: t, name: cfg.Name, identity: s, session: s, endpoint: cfg.Endpoint,
@@ -292,7 +295,7 @@ func (s *Session) renew(l SessionLink) error {
 		p.hangUp()
 	}
 	p.attempts, p.nextDial = 0, 0
-	s.renewing = false
+	s.renewing, s.untold = false, nil
 	// The stream is sure to work. What the association does has to show: the far end may have kept it, or not.
 	s.giveUpLocked("a new CONNECT", t.clock.now())
 	s.watch.mirrored = !s.cfg.Client
@@ -332,13 +335,18 @@ func (s *Session) tooBig(packet []byte) {
 }
 
 // Renewing says that the owner is about to make a new CONNECT, or has given that up. In between a goodbye counts as the
-// loss of the stream it came by: servers say it to the old stream when they see the new CONNECT.
+// loss of the stream it came by, as servers say it to the old stream when they see the new CONNECT; and the loss of the stream
+// is told only once the owner has given up.
 func (s *Session) Renewing(on bool) {
 	s.peer.mu.Lock()
 	defer s.peer.mu.Unlock()
 	s.renewing = on
 	if on {
 		s.tieLocked("a new CONNECT is due")
+	}
+	if !on && s.untold != nil {
+		s.tellLost(s.untold)
+		s.untold = nil
 	}
 }
 
@@ -394,10 +402,10 @@ func (s *Session) goodbyeAll(reason error) {
 	st, old := s.stream, s.old
 	s.peer.mu.Unlock()
 	for _, o := range old {
-		o.finish(nil, lastWordsTime)
+		o.finish(nil, true, lastWordsTime)
 	}
 	if st != nil {
-		st.finish(body, lastWordsTime)
+		st.finish(body, true, lastWordsTime)
 	}
 }
 

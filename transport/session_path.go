@@ -24,8 +24,8 @@ const (
 	// askSpacing and its ends are those of the requests before a verdict: the answer is given the time of two round trips.
 	askSpacingMin = 150 * time.Millisecond
 	askSpacingMax = time.Second
-	// mirrorAfter is for how long a client has to be silent with datagrams before a
-	// packet of its by the stream means that it has given them up: the last ones by the stream may still come
+	// mirrorAfter is for how long no packet may have come by datagram before
+	// one by the stream means that the client has given them up: the last ones by the stream may still come
 	// when it has just taken to datagrams.
 	mirrorAfter = 500 * time.Millisecond
 	// probePause is the time between two requests once datagrams are given up; it grows by half each time, up to probePauseMax.
@@ -33,27 +33,31 @@ const (
 	probePauseMax = 10 * time.Second
 )
 
-// datagramWatch decides whether datagrams arrive. Only what has gone there and back counts as proof: an answer to
+// datagramWatch decides whether datagrams arrive. Only what has gone there and back brings them into use: an answer to
 // a request of ours; the first record under an association, as the far end cannot have made its keys without our
-// last flight; and for a server packets, which its client sends only by a channel on which it hears us.
+// last flight; and for a server packets, which its client sends only by a channel on which it hears us. In
+// use they stay as long as there are packets or answers. Requests and keepalives of the far end are no
+// evidence: it sends them when it hears nothing.
+//
 // It is guarded by peer.mu.
 type datagramWatch struct {
 	alive    bool
 	mirrored bool // given up because the client has: its packets alone bring them back
 
-	died    int64         // clock reading of the last verdict
-	from    int64         // clock reading since when something may be unanswered; 0: nothing is
-	sent    bool          // and something is
-	asks    int           // requests in a row, unanswered
-	asked   int64         // clock reading of the first of those
-	lastAsk int64         // and of the last
-	pause   time.Duration // before the next, once given up
+	died     int64         // clock reading of the last verdict
+	answered int64         // of the last answer to a request
+	from     int64         // clock reading since when something may be unanswered; 0: nothing is
+	sent     bool          // and something is
+	asks     int           // requests in a row, unanswered
+	asked    int64         // clock reading of the first of those
+	lastAsk  int64         // and of the last
+	pause    time.Duration // before the next, once given up
 }
 
 // watchLocked asks where there is doubt, gives datagrams up, and tries them again. a is the current association.
 func (s *Session) watchLocked(a *association, now int64, after *actions) (due int64) {
 	p, w := s.peer, &s.watch
-	heard := p.lastInbound.Load()
+	heard := max(s.lastPacket.Load(), w.answered)
 	if !w.alive {
 		if due = w.lastAsk + int64(w.pause); now < due {
 			return due
@@ -127,7 +131,9 @@ func (s *Session) giveUpLocked(why string, now int64) {
 // reviveLocked moves packets to datagrams.
 func (s *Session) reviveLocked(why string) {
 	if w := &s.watch; !w.alive && s.peer.slots.Load().current != nil && !s.peer.stopped {
-		*w = datagramWatch{alive: true}
+		now := s.t.clock.now()
+		*w = datagramWatch{alive: true, answered: now}
+		s.lastPacket.Store(now)
 		s.peer.resting.Store(false)
 		s.routeLocked(why)
 		s.peer.wakeLocked()
@@ -135,16 +141,19 @@ func (s *Session) reviveLocked(why string) {
 }
 
 // answeredLocked is told of an answer by datagram to a request made at sent.
-func (s *Session) answeredLocked(sent int64) {
-	if w := &s.watch; !w.mirrored && sent >= w.died {
+func (s *Session) answeredLocked(sent, now int64) {
+	w := &s.watch
+	w.answered = now
+	if !w.mirrored && sent >= w.died {
 		s.reviveLocked("datagrams are answered")
 	}
 }
 
-// heardDatagrams is called by an inbound pump when packets came by datagram while ours go by the stream.
-func (s *Session) heardDatagrams() {
-	if s.cfg.Client { // what reaches us proves nothing about what we send
-		return
+// heardDatagrams is called by an inbound pump when packets came by datagram under a.
+func (s *Session) heardDatagrams(a *association, now int64) {
+	s.lastPacket.Store(now)
+	if s.peer.detour.Load() == nil || s.cfg.Client || a != s.peer.slots.Load().current {
+		return // to a client what reaches it proves nothing about what it sends
 	}
 	s.peer.mu.Lock()
 	defer s.peer.mu.Unlock()
@@ -154,7 +163,7 @@ func (s *Session) heardDatagrams() {
 // heardStream is called when packets came by the stream while ours go by datagram.
 func (s *Session) heardStream(now int64) {
 	p, w := s.peer, &s.watch
-	if now-p.lastInbound.Load() < int64(mirrorAfter) {
+	if now-s.lastPacket.Load() < int64(mirrorAfter) {
 		return
 	}
 	p.mu.Lock()
@@ -226,7 +235,8 @@ func (s *Session) tieLocked(why string) {
 func (s *Session) setStreamLocked(st *stream, why string) {
 	if old := s.stream; old != nil {
 		s.old = append(s.old, old)
-		old.finish(nil, retiredStreamTime)
+		// The client closes: it knows that the server has changed over, as it has the answer to its CONNECT.
+		old.finish(nil, s.cfg.Client, retiredStreamTime)
 	}
 	s.stream = st
 	s.routeLocked(why)
@@ -253,6 +263,14 @@ func (s *Session) streamEnded(st *stream, reason error) {
 	s.tieLocked("the stream is lost")
 	s.routeLocked(fmt.Sprintf("the stream is lost: %v", reason))
 	s.t.log.Info("session stream lost", "session", p.name, "err", reason)
+	if s.renewing { // the owner is at work on another
+		s.untold = reason
+		return
+	}
+	s.tellLost(reason)
+}
+
+func (s *Session) tellLost(reason error) {
 	if lost := s.cfg.Events.StreamLost; lost != nil {
 		s.events.add(s.t, func() { lost(reason) })
 	}

@@ -139,6 +139,8 @@ func newSessionPair(t testing.TB, timing Timing, change func(client, server *Ses
 	cl, sl := linkPair(t)
 	cc := SessionConfig{Name: "to server", Client: true, Endpoint: "192.0.2.2:443", Link: cl, AllowedIPs: hostOf(p.server), Events: p.clientTold.events()}
 	sc := SessionConfig{Name: "alice", Link: sl, AllowedIPs: hostOf(p.client), Events: p.srvTold.events()}
+	// On a busy machine nothing comes for longer than the DPDTimeout of tests.
+	cc.Stream.DPD, sc.Stream.DPD = patience, patience
 	if change != nil {
 		change(&cc, &sc)
 	}
@@ -203,9 +205,10 @@ func frame(typ frameType, body []byte) []byte {
 
 func TestSessionWithoutDatagrams(t *testing.T) {
 	noLeaks(t)
-	p := newSessionPair(t, quick, func(c, s *SessionConfig) {
+	p := newSessionPair(t, steady, func(c, s *SessionConfig) {
 		c.Link.NoDatagrams, s.Link.NoDatagrams = "the server offers none", "switched off"
 		c.Endpoint = ""
+		c.Stream.DPD, s.Stream.DPD = steady.DPD, steady.DPD
 	})
 	ping(t, p.client, p.server)
 	time.Sleep(3 * quick.DPD)

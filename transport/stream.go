@@ -113,9 +113,10 @@ func (st *stream) fail(reason error) {
 	st.conn.Close()
 }
 
-// finish lets what is queued leave, and body as a last DISCONNECT unless it is nil, then says that nothing more comes; what still
-// arrives is read until the far end has closed too. It waits for nothing: within patience all is over.
-func (st *stream) finish(body []byte, patience time.Duration) {
+// finish lets what is queued leave, and body as a last DISCONNECT unless it is nil. Then it says that nothing more comes, if
+// closes is set, and waits for the far end to do so. What still arrives meanwhile is read. finish itself does not wait: within patience
+// all is over.
+func (st *stream) finish(body []byte, closes bool, patience time.Duration) {
 	st.endMu.Lock()
 	if st.reason == nil {
 		st.reason = ErrClosed
@@ -130,7 +131,7 @@ func (st *stream) finish(body []byte, patience time.Duration) {
 		}
 	}
 	st.endMu.Unlock()
-	st.out.finish(st, body)
+	st.out.finish(st, body, closes)
 }
 
 // ended is the last that the inbound pump does.
@@ -154,10 +155,10 @@ func (st *stream) ended(err error) {
 
 // livenessLocked asks after silence, keeps NATs open, and gives up. peer.mu is held.
 func (st *stream) livenessLocked(now int64, after *actions) (due int64) {
-	dpd, keepalive := int64(st.s.streamDPD), int64(st.s.streamKeepalive)
+	dpd, dead, keepalive := int64(st.s.streamDPD), int64(st.s.streamTimeout), int64(st.s.streamKeepalive)
 	heard := st.lastInbound.Load()
 	due = heard + dpd
-	if now >= heard+3*dpd { // as many as Timing has by default
+	if now >= heard+dead {
 		after.add(func() { st.fail(errStreamSilent) })
 		return never
 	}
@@ -169,7 +170,10 @@ func (st *stream) livenessLocked(now int64, after *actions) (due int64) {
 			after.add(func() { st.send(frameDPDRequest, body[:]) })
 			due = now + dpd/4
 		}
-		due = min(due, heard+3*dpd)
+		due = min(due, heard+dead)
+	}
+	if keepalive <= 0 {
+		return due
 	}
 	idle := st.lastOutbound.Load() + keepalive
 	if now >= idle {

@@ -26,6 +26,7 @@ type streamQueue struct {
 	bytes   int  // in the chunks and in the one being sent
 	sending bool // the outbound pump runs
 	last    bool // finish was called: nothing is taken any more
+	closes  bool // and the far end is to know
 	dead    bool // the stream has ended
 }
 
@@ -95,7 +96,7 @@ func (q *streamQueue) addLocked(typ frameType, body []byte) bool {
 
 // startLocked tells whether the outbound pump has to be started.
 func (q *streamQueue) startLocked() bool {
-	if q.sending || q.dead || len(q.chunks) == 0 && !q.last {
+	if q.sending || q.dead || len(q.chunks) == 0 && !q.closes {
 		return false
 	}
 	q.sending = true
@@ -134,7 +135,7 @@ func (st *stream) outboundPump() {
 			return
 		}
 	}
-	if q.isLast() {
+	if q.isClosing() {
 		st.closeWrite()
 	}
 }
@@ -175,26 +176,26 @@ func (q *streamQueue) sent(c *[]byte) {
 	chunks.Put(c)
 }
 
-func (q *streamQueue) isLast() bool {
+func (q *streamQueue) isClosing() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.last
+	return q.closes
 }
 
-// finish queues body as a DISCONNECT, if it is not nil, over the bound if need be, and ends the stream
-// outbound behind it.
-func (q *streamQueue) finish(st *stream, body []byte) {
+// finish queues body as a DISCONNECT, if it is not nil, over the bound if need be. Behind it nothing is taken, and the stream
+// is closed outbound if closes is set.
+func (q *streamQueue) finish(st *stream, body []byte, closes bool) {
 	q.mu.Lock()
-	if q.last || q.dead {
+	if q.dead || q.last && (q.closes || !closes) {
 		q.mu.Unlock()
 		return
 	}
-	if body != nil {
+	if body != nil && !q.last {
 		q.bytes -= maxStreamQueue // whatever waits, this shall leave
 		q.addLocked(frameDisconnect, body)
 		q.bytes += maxStreamQueue
 	}
-	q.last = true
+	q.last, q.closes = true, closes
 	start := q.startLocked()
 	q.mu.Unlock()
 	if start {
