@@ -41,6 +41,10 @@ type Config struct {
 	// Router makes the node a subnet router; nil: it routes nothing.
 	Router *RouterConfig
 
+	// Switch lets peers reach each other through a node that is a router: their packets are passed on as
+	// they are. Without it they are refused.
+	Switch bool
+
 	// ACL decides which packets pass between the node and its peers; empty: all. ACLLimits
 	// bounds what that takes.
 	ACL       []ACLRule

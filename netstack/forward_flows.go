@@ -156,7 +156,7 @@ func (t *flowTable) makeRoom(peer *routerPeer) *datagramFlow {
 			return nil
 		}
 		t.router.mu.Lock()
-		for _, p := range t.router.peers {
+		for p := range t.router.everyPeerLocked {
 			if l := &p.datagram[t.index].list; l.Len() > q.Len() {
 				q = l
 			}

@@ -58,9 +58,10 @@ type Node struct {
 	closed chan struct{} // closed when Close has ended
 
 	mu           sync.Mutex
-	peers        []Peer            // what AddPeer has admitted
-	behindServer []netip.Prefix    // the OpenConnect one
-	tunnelNAT    []tunwrap.NATRule // towards it
+	peers        []Peer               // what AddPeer has admitted
+	members      map[*member]struct{} // what AddSession has
+	behindServer []netip.Prefix       // the OpenConnect one
+	tunnelNAT    []tunwrap.NATRule    // towards it
 	owned        map[*ownedCloser]struct{}
 	err          error // of Close
 }
@@ -123,6 +124,7 @@ func newInner(cfg Config) (*Node, error) {
 		started: time.Now(),
 		own:     make(map[netip.Addr]bool),
 		owned:   make(map[*ownedCloser]struct{}),
+		members: make(map[*member]struct{}),
 		closed:  make(chan struct{}),
 	}
 	for _, p := range cfg.Addresses {
@@ -275,7 +277,7 @@ func (n *Node) RemovePeer(k PublicKey) error {
 	return errors.Join(n.transport.RemovePeer(k), n.applyNAT(n.peers), n.applyACL(n.peers))
 }
 
-// applyAllowed makes the prefixes of n.peers the ones that reachable knows. n.mu is held.
+// applyAllowed makes the prefixes of n.peers and n.members the ones that reachable knows. n.mu is held.
 func (n *Node) applyAllowed() {
 	t := new(bart.Lite)
 	for _, p := range n.peers {
@@ -285,6 +287,11 @@ func (n *Node) applyAllowed() {
 	}
 	for _, pfx := range n.behindServer {
 		t.Insert(pfx)
+	}
+	for m := range n.members {
+		for _, pfx := range m.allowed {
+			t.Insert(pfx.Masked())
+		}
 	}
 	n.allowed.Store(t)
 	if n.router != nil {

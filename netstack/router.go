@@ -51,15 +51,18 @@ type router struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 
-	mu     sync.Mutex
-	peers  map[PublicKey]*routerPeer
-	closed bool
-	flows  map[routerFlow]struct{}
-	tasks  sync.WaitGroup // every goroutine of the router; added to under mu unless closed
-	done   chan struct{}  // closed when Close has ended
-	err    error          // of Close
+	mu    sync.Mutex
+	peers map[PublicKey]*routerPeer
+	// members are the sessions; their key is zero.
+	members map[*routerPeer][]netip.Prefix
+	closed  bool
+	flows   map[routerFlow]struct{}
+	tasks   sync.WaitGroup // every goroutine of the router; added to under mu unless closed
+	done    chan struct{}  // closed when Close has ended
+	err     error          // of Close
 
-	refused [refusals]atomic.Uint64
+	refused  [refusals]atomic.Uint64
+	switched atomic.Uint64 // packets from peer to peer
 }
 
 // A routerPeer counts what a peer has open. Each number is guarded by the lock of
@@ -83,7 +86,7 @@ type routerFlow interface {
 func newRouter(n *Node) (*router, error) {
 	r := &router{
 		node: n, cfg: *n.cfg.Router, log: n.log.With("part", "router"),
-		peers: map[PublicKey]*routerPeer{}, flows: map[routerFlow]struct{}{},
+		peers: map[PublicKey]*routerPeer{}, members: map[*routerPeer][]netip.Prefix{}, flows: map[routerFlow]struct{}{},
 		done: make(chan struct{}),
 	}
 	r.cfg.Limits, r.cfg.Timeouts = r.cfg.Limits.orDefaults(), r.cfg.Timeouts.orDefaults()
@@ -123,13 +126,73 @@ func (r *router) setPeers(peers []Peer) {
 		}
 	}
 	r.peers = known
-	var orphans []routerFlow
-	for f := range r.flows {
-		if p := f.ofPeer(); known[p.key] != p {
-			orphans = append(orphans, f)
+	for rp, allowed := range r.members {
+		for _, pfx := range allowed {
+			table.Insert(pfx.Masked(), rp)
 		}
 	}
 	r.byAddr.Store(table)
+	orphans := r.orphansLocked()
+	r.mu.Unlock()
+	for _, f := range orphans {
+		f.abort()
+	}
+}
+
+// orphansLocked are the flows whose peer is gone.
+func (r *router) orphansLocked() (orphans []routerFlow) {
+	for f := range r.flows {
+		if !r.knownLocked(f.ofPeer()) {
+			orphans = append(orphans, f)
+		}
+	}
+	return orphans
+}
+
+// knownLocked tells whether p is there still.
+func (r *router) knownLocked(p *routerPeer) bool {
+	_, member := r.members[p]
+	return member || r.peers[p.key] == p
+}
+
+// everyPeerLocked is an iterator over static peers and sessions.
+func (r *router) everyPeerLocked(yield func(*routerPeer) bool) {
+	for _, p := range r.peers {
+		if !yield(p) {
+			return
+		}
+	}
+	for p := range r.members {
+		if !yield(p) {
+			return
+		}
+	}
+}
+
+// enterMember makes a session known; the node's mu is held.
+func (r *router) enterMember(name string, allowed []netip.Prefix) *routerPeer {
+	rp := &routerPeer{name: name}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.members[rp] = allowed
+	table := r.byAddr.Load()
+	for _, pfx := range allowed {
+		table = table.InsertPersist(pfx.Masked(), rp)
+	}
+	r.byAddr.Store(table)
+	return rp
+}
+
+// leaveMember forgets a session. What it had open is aborted. The node's mu is held.
+func (r *router) leaveMember(rp *routerPeer) {
+	r.mu.Lock()
+	table := r.byAddr.Load()
+	for _, pfx := range r.members[rp] {
+		table = table.DeletePersist(pfx.Masked())
+	}
+	r.byAddr.Store(table)
+	delete(r.members, rp)
+	orphans := r.orphansLocked()
 	r.mu.Unlock()
 	for _, f := range orphans {
 		f.abort()
@@ -245,7 +308,7 @@ func (r *router) spawn(task func()) bool {
 func (r *router) enter(f routerFlow) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if p := f.ofPeer(); r.closed || r.peers[p.key] != p {
+	if r.closed || !r.knownLocked(f.ofPeer()) {
 		return false
 	}
 	r.flows[f] = struct{}{}

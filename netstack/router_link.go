@@ -66,7 +66,8 @@ func (l *routerLink) isOwn(dst []byte) bool {
 // route4 takes pkt, of which h is the header.
 func (l *routerLink) route4(pkt *stack.PacketBuffer, h header.IPv4) {
 	defer pkt.DecRef()
-	if !l.admit(pkt, h) {
+	across := l.across(h)
+	if !across && !l.admit(pkt, h) {
 		return
 	}
 	ttl := h.TTL()
@@ -78,13 +79,18 @@ func (l *routerLink) route4(pkt *stack.PacketBuffer, h header.IPv4) {
 	h.SetTTL(ttl - 1)
 	h.SetChecksum(0)
 	h.SetChecksum(^h.CalculateChecksum())
+	if across {
+		l.passOn(pkt, h[:header.IPv4MinimumSize], h.TransportProtocol())
+		return
+	}
 	(*l.dispatcher.Load()).DeliverNetworkPacket(header.IPv4ProtocolNumber, pkt)
 }
 
 // route6 takes pkt, of which h is the header.
 func (l *routerLink) route6(pkt *stack.PacketBuffer, h header.IPv6) {
 	defer pkt.DecRef()
-	if !l.admit(pkt, h) {
+	across := l.across(h)
+	if !across && !l.admit(pkt, h) {
 		return
 	}
 	ttl := h.HopLimit()
@@ -93,9 +99,13 @@ func (l *routerLink) route6(pkt *stack.PacketBuffer, h header.IPv6) {
 		l.router.errs.send(errTimeExceeded, pkt)
 		return
 	}
+	h.SetHopLimit(ttl - 1)
+	if across {
+		l.passOn(pkt, h, h.TransportProtocol())
+		return
+	}
 	// Below 255 it can be no neighbour discovery either (RFC 4861 6.1, 7.1), which the
 	// stack would answer.
-	h.SetHopLimit(ttl - 1)
 	(*l.dispatcher.Load()).DeliverNetworkPacket(header.IPv6ProtocolNumber, pkt)
 }
 

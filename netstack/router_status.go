@@ -9,6 +9,8 @@ type RouterStatus struct {
 	// sockets", or "not possible: " and why.
 	Echo4 string `json:"echo4"`
 	Echo6 string `json:"echo6"`
+	// Switched are packets passed on from one peer to another, a superpacket being one.
+	Switched uint64 `json:"switched"`
 	// Refused are flows and packets that were not routed, by reason; only what
 	// happened.
 	Refused map[string]uint64 `json:"refused"`
@@ -40,6 +42,7 @@ func (r *router) status() *RouterStatus {
 		Echo4: r.icmp.ability[0].String(), Echo6: r.icmp.ability[1].String(),
 		Refused: map[string]uint64{},
 	}
+	s.Switched = r.switched.Load()
 	f := &r.tcp
 	f.mu.Lock()
 	s.TCP.Open, s.TCP.HalfOpen = f.flows, f.halfOpen.Len()

@@ -50,6 +50,11 @@ func packetBufferOf(c *coalescer, g *group, size int) *stack.PacketBuffer {
 	}
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: payload})
 	pkt.NetworkProtocolNumber = networkProtocol(g.layout.version)
+	if g.count > 1 {
+		// For a Link that sends the packet out again, and has to split it as it was. A stack does not look at it
+		// without a Type.
+		pkt.GSOOptions.MSS = uint16(g.size)
+	}
 	return pkt
 }
 

@@ -1,0 +1,82 @@
+package netstack
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/penstock-vpn/penstock/transport"
+)
+
+// AddSession makes the far end of an OpenConnect session a member of the VPN: packets to its AllowedIPs go
+// to it, and the router serves it as it serves a peer. It goes when it has ended; see
+// [transport.SessionEvents].Closed. It takes cfg.Link.Stream, also when it fails. It is not in the way of static
+// peers, but their prefixes must differ.
+func (n *Node) AddSession(cfg transport.SessionConfig) (*transport.Session, error) {
+	m := &member{name: cfg.Name, allowed: slices.Clone(cfg.AllowedIPs)}
+	closed := cfg.Events.Closed
+	entered := make(chan struct{}) // closed when the session may be forgotten
+	cfg.Events.Closed = func(reason error) {
+		<-entered
+		n.leave(m)
+		if closed != nil {
+			closed(reason)
+		}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	defer close(entered)
+	if n.isClosed() {
+		cfg.Link.Stream.Close()
+		return nil, net.ErrClosed
+	}
+	// First, so that no packet of its comes before the router knows it.
+	n.enterLocked(m)
+	s, err := n.transport.AddSession(cfg)
+	if err != nil {
+		n.leaveLocked(m)
+		return nil, fmt.Errorf("netstack: %w", err)
+	}
+	return s, nil
+}
+
+// A member is a session as node and router know it.
+type member struct {
+	name    string
+	allowed []netip.Prefix
+	routed  *routerPeer // nil without a router
+}
+
+func (n *Node) leave(m *member) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.leaveLocked(m)
+}
+
+func (n *Node) enterLocked(m *member) {
+	t := n.allowed.Load()
+	for _, p := range m.allowed {
+		t = t.InsertPersist(p.Masked())
+	}
+	n.allowed.Store(t)
+	if n.router != nil {
+		m.routed = n.router.enterMember(m.name, m.allowed)
+	}
+	n.members[m] = struct{}{}
+}
+
+func (n *Node) leaveLocked(m *member) {
+	if _, known := n.members[m]; !known {
+		return
+	}
+	delete(n.members, m)
+	t := n.allowed.Load()
+	for _, p := range m.allowed {
+		t = t.DeletePersist(p.Masked())
+	}
+	n.allowed.Store(t)
+	if n.router != nil {
+		n.router.leaveMember(m.routed)
+	}
+}
