@@ -1,0 +1,148 @@
+package gateway
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// A Profile is what clients get and are told. In a [Group] what is zero is as in [Config.Profile].
+type Profile struct {
+	Pool Pool // where addresses come from; empty for a family: none of it
+
+	// Routes are the networks behind the server, all if there are none; NoRoutes are parts of them that are
+	// not to be sent to it. They are what clients are told; what they reach the router decides.
+	Routes, NoRoutes []netip.Prefix
+
+	DNS      []netip.Addr
+	Search   []string // domains that complete names
+	SplitDNS []string // domains that DNS answers for; none: all
+	AllDNS   bool     // all questions go through the tunnel, also when few routes do
+	Banner   string
+
+	MTU       int           // of packets inside; 0: from the path
+	DPD       time.Duration // silence after which the other side is asked; 0: 30 s
+	Keepalive time.Duration // after which something is sent for the sake of NATs; 0: 25 s
+	Rekey     time.Duration // age at which a client makes a new tunnel; 0: 24 h, negative: never
+	NoUDP     bool          // everything goes over TLS
+
+	IdleTimeout         time.Duration // without packets; 0: never
+	SessionTimeout      time.Duration // after sign-in; 0: never
+	DisconnectedTimeout time.Duration // for which a session waits for a client that is gone; 0: 5 minutes
+}
+
+// Defaults of a Profile. Stock servers have 90 s for DPD; a client behind UDP that is blocked of a sudden waits as long.
+const (
+	defaultDPD          = 30 * time.Second
+	defaultKeepalive    = 25 * time.Second
+	defaultRekey        = 24 * time.Hour
+	defaultDisconnected = 5 * time.Minute
+)
+
+// over is p where it says something, and base elsewhere.
+func (p Profile) over(base Profile) Profile {
+	for _, is4 := range []bool{true, false} {
+		if len(p.Pool.family(is4)) == 0 {
+			p.Pool = append(slices.Clip(p.Pool), base.Pool.family(is4)...)
+		}
+	}
+	orList(&p.Routes, base.Routes)
+	orList(&p.NoRoutes, base.NoRoutes)
+	orList(&p.DNS, base.DNS)
+	orList(&p.Search, base.Search)
+	orList(&p.SplitDNS, base.SplitDNS)
+	p.AllDNS = p.AllDNS || base.AllDNS
+	p.NoUDP = p.NoUDP || base.NoUDP
+	or(&p.Banner, base.Banner)
+	or(&p.MTU, base.MTU)
+	or(&p.DPD, base.DPD)
+	or(&p.Keepalive, base.Keepalive)
+	or(&p.Rekey, base.Rekey)
+	or(&p.IdleTimeout, base.IdleTimeout)
+	or(&p.SessionTimeout, base.SessionTimeout)
+	or(&p.DisconnectedTimeout, base.DisconnectedTimeout)
+	return p
+}
+
+func orList[T any](v *[]T, base []T) {
+	if *v == nil {
+		*v = base
+	}
+}
+
+func or[T comparable](v *T, base T) {
+	var zero T
+	if *v == zero {
+		*v = base
+	}
+}
+
+func (p Profile) orDefaults() Profile {
+	or(&p.DPD, defaultDPD)
+	or(&p.Keepalive, defaultKeepalive)
+	or(&p.Rekey, defaultRekey)
+	or(&p.DisconnectedTimeout, defaultDisconnected)
+	return p
+}
+
+// A Group is a choice that users have when they sign in.
+type Group struct {
+	Name  string
+	Label string // what users see; empty: Name
+	// Open groups are for every user. Any other is for those that have it in User.Groups.
+	Open bool
+	Profile
+}
+
+// groups are those of the configuration, with their profiles complete.
+type groups struct {
+	list   []Group
+	common Profile // of those who are in none
+}
+
+func newGroups(common Profile, list []Group) *groups {
+	g := &groups{common: common.orDefaults()}
+	for _, group := range list {
+		group.Profile = group.Profile.over(g.common)
+		g.list = append(g.list, group)
+	}
+	return g
+}
+
+func (g *groups) find(name string) *Group {
+	for i := range g.list {
+		if g.list[i].Name == name {
+			return &g.list[i]
+		}
+	}
+	return nil
+}
+
+// profile is that of a group, or for "" the common one.
+func (g *groups) profile(name string) (Profile, bool) {
+	if name == "" {
+		return g.common, true
+	}
+	if group := g.find(name); group != nil {
+		return group.Profile, true
+	}
+	return Profile{}, false
+}
+
+// choose is the group in which user gets in, who has asked for one, or not. ok is false when it is
+// not for him.
+func (g *groups) choose(user *User, asked string) (name string, ok bool) {
+	if asked != "" {
+		group := g.find(asked)
+		if group == nil || !group.Open && !slices.Contains(user.Groups, asked) {
+			return "", false
+		}
+		return asked, true
+	}
+	for _, name := range user.Groups {
+		if g.find(name) != nil {
+			return name, true
+		}
+	}
+	return "", true
+}

@@ -1,0 +1,273 @@
+package gateway
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/penstock-vpn/penstock/transport"
+	"github.com/penstock-vpn/penstock/transport/openconnect"
+)
+
+// A tunnel is the way to the client of a session, as long as it keeps its addresses. Connections come and go: the
+// client makes a new one when it has lost the old, and for new keys.
+type tunnel struct {
+	s         *session
+	handle    *transport.Session
+	addresses []netip.Addr
+
+	// Guarded by s.mu.
+	stream bool // there is a TLS connection
+}
+
+// serverName introduces us.
+const serverName = "Penstock"
+
+// connect answers a CONNECT. connecting is held.
+func (s *session) connect(a *openconnect.Attempt, profile *Profile) (*openconnect.Admission, error) {
+	srv := s.table.s
+	base := baseMTU(a.Request.BaseMTU)
+	mtu := openconnect.InnerMTU(base, a.Client.Remote.Addr())
+	for _, limit := range []int{profile.MTU, srv.mtu} {
+		if limit > 0 {
+			mtu = min(mtu, limit)
+		}
+	}
+	link := transport.SessionLink{NoDatagrams: s.whyNoDatagrams(a, profile)}
+	settings := s.settings(profile, a)
+	settings.BaseMTU, settings.MTU = base, mtu
+	if link.NoDatagrams == "" {
+		link.AppID = make([]byte, 32)
+		rand.Read(link.AppID) // never fails
+		link.PSK = a.PSK
+		settings.DTLSPort = srv.portOf(a.Client)
+		settings.AppID, settings.CipherSuite = link.AppID, openconnect.PSKNegotiate
+	}
+	return &openconnect.Admission{
+		Settings: settings,
+		Start: func(h *openconnect.Handover) {
+			link.Stream, link.Buffered = h.Conn, h.Buffered
+			s.start(link, mtu, profile, a)
+		},
+		Abort: func(err error) {
+			srv.log.Info("connection lost before the tunnel was up", "session", s.public, "error", err)
+			s.lost()
+		},
+	}, nil
+}
+
+// baseMTU is the MTU of the path to a client, from what it believes. 1280 is what any IPv6 path carries, and
+// clients say less where an interface has less; below 576 nothing works.
+func baseMTU(asked int) int {
+	if asked == 0 {
+		asked = 1500
+	}
+	return min(max(asked, 576), 1500)
+}
+
+// whyNoDatagrams is "" if the client gets DTLS.
+func (s *session) whyNoDatagrams(a *openconnect.Attempt, profile *Profile) string {
+	switch {
+	case profile.NoUDP:
+		return "UDP is switched off"
+	case !a.Request.PSK():
+		return "the client does not offer DTLS with a pre-shared key"
+	case a.PSK == nil:
+		return a.NoPSK
+	}
+	return ""
+}
+
+// settings are what the client is told, but for MTU and DTLS.
+func (s *session) settings(profile *Profile, a *openconnect.Attempt) openconnect.Settings {
+	now := time.Now()
+	rekey := openconnect.RekeyNewTunnel
+	if profile.Rekey < 0 {
+		rekey = openconnect.RekeyNone
+	}
+	timers := openconnect.Timers{DPD: profile.DPD, Keepalive: profile.Keepalive, Rekey: max(profile.Rekey, 0), RekeyMethod: rekey}
+	set := openconnect.Settings{
+		ServerName:    serverName,
+		Hostname:      a.Request.Hostname,
+		Include:       profile.Routes,
+		Exclude:       profile.NoRoutes,
+		DefaultDomain: strings.Join(profile.Search, " "),
+		SplitDNS:      profile.SplitDNS,
+		TunnelAllDNS:  profile.AllDNS,
+		Banner:        profile.Banner,
+		CSTP:          timers, DTLS: timers,
+		IdleTimeout:         profile.IdleTimeout,
+		SessionTimeout:      profile.SessionTimeout,
+		DisconnectedTimeout: profile.DisconnectedTimeout,
+		ClientBypass:        true,
+	}
+	if !s.rec.Expires.IsZero() {
+		set.SessionRemaining = s.rec.Expires.Sub(now)
+	}
+	for _, addr := range s.rec.Address {
+		set.Addresses = append(set.Addresses, s.table.s.networkOf(addr))
+	}
+	for _, dns := range profile.DNS {
+		if dns.Is4() || a.Request.FullIPv6 {
+			set.DNS = append(set.DNS, dns)
+		}
+	}
+	return set
+}
+
+// start takes the connection of a tunnel whose client was told its settings.
+func (s *session) start(link transport.SessionLink, mtu int, profile *Profile, a *openconnect.Attempt) {
+	s.connecting.Lock()
+	defer s.connecting.Unlock()
+	srv := s.table.s
+	s.mu.Lock()
+	old, ended, rec := s.tunnel, s.ended, s.rec
+	s.mu.Unlock()
+	if ended {
+		link.Stream.Close()
+		return
+	}
+	noDatagrams := link.NoDatagrams
+	if old != nil && slices.Equal(old.addresses, rec.Address) {
+		err := old.handle.Renew(link)
+		if err == nil {
+			s.isUp(old, a, noDatagrams)
+			return
+		}
+		srv.log.Debug("tunnel not renewed, but made anew", "session", s.public, "error", err)
+		link.Stream = nil // taken
+	}
+	if link.Stream == nil {
+		s.lost() // the client comes again
+		return
+	}
+	if old != nil {
+		s.mu.Lock()
+		s.tunnel = nil // its end is not that of the session
+		s.mu.Unlock()
+		old.handle.Close(errReplaced)
+	}
+	t := &tunnel{s: s, addresses: rec.Address}
+	intervals := transport.Intervals{DPD: profile.DPD, Keepalive: profile.Keepalive}
+	cfg := transport.SessionConfig{
+		Name: rec.User + "/" + s.public, Link: link, MTU: mtu, Datagrams: intervals, Stream: intervals,
+		PackFrames: packs(a.Client.UserAgent),
+	}
+	for _, addr := range rec.Address {
+		cfg.AllowedIPs = append(cfg.AllowedIPs, netip.PrefixFrom(addr, addr.BitLen()))
+	}
+	ready := make(chan struct{}) // closed when t is the session's
+	cfg.Events.Closed = func(reason error) { <-ready; t.closed(reason) }
+	cfg.Events.StreamLost = func(reason error) { <-ready; t.streamLost(reason) }
+	handle, err := srv.node.AddSession(cfg)
+	if err != nil {
+		srv.log.Error("tunnel not made", "session", s.public, "user", rec.User, "error", err)
+		s.lost()
+		return
+	}
+	t.handle = handle
+	s.isUp(t, a, noDatagrams)
+	close(ready)
+}
+
+var errReplaced = errors.New("replaced by a tunnel with other addresses")
+
+// packs tells whether a client reads several frames out of one TLS record: ours does.
+func packs(agent string) bool { return strings.Contains(agent, "Penstock") }
+
+// isUp makes t the session's tunnel.
+func (s *session) isUp(t *tunnel, a *openconnect.Attempt, noDatagrams string) {
+	now := time.Now()
+	s.mu.Lock()
+	if s.ended {
+		s.mu.Unlock()
+		t.handle.Close(errEnded)
+		return
+	}
+	s.tunnel = t
+	t.stream = true
+	s.active, s.asked = now, now
+	rec := s.rec
+	s.mu.Unlock()
+	log := s.table.s.log.With("session", s.public, "user", rec.User)
+	dtls := "offered"
+	if noDatagrams != "" {
+		dtls = noDatagrams
+	}
+	log.Info("connected", "remote", a.Client.Remote, "addresses", joinAddrs(rec.Address), "dtls", dtls, "agent", a.Client.UserAgent)
+}
+
+var errEnded = errors.New("the session has ended")
+
+func joinAddrs(list []netip.Addr) string {
+	s := make([]string, len(list))
+	for i, a := range list {
+		s[i] = a.String()
+	}
+	return strings.Join(s, ",")
+}
+
+// closed is called when the transport has no session any more.
+func (t *tunnel) closed(reason error) {
+	s := t.s
+	var bye *transport.Goodbye
+	s.mu.Lock()
+	mine := s.tunnel == t
+	if mine {
+		s.tunnel = nil
+		s.left = time.Now()
+	}
+	s.mu.Unlock()
+	if !mine {
+		return
+	}
+	if errors.As(reason, &bye) {
+		ctx, cancel := s.table.s.storeContext()
+		defer cancel()
+		s.end(ctx, "goodbye of the client")
+		return
+	}
+	s.table.s.log.Info("tunnel lost", "session", s.public, "reason", reason)
+	s.lost()
+}
+
+// streamLost is called when the TLS connection is gone and the tunnel may live on.
+func (t *tunnel) streamLost(reason error) {
+	s := t.s
+	s.mu.Lock()
+	mine := s.tunnel == t
+	if mine {
+		t.stream = false
+		s.left = time.Now()
+	}
+	s.mu.Unlock()
+	if mine {
+		s.table.s.log.Info("connection lost", "session", s.public, "reason", reason)
+	}
+}
+
+// terminate ends the tunnel and tells the client.
+func (t *tunnel) terminate(why string) { t.handle.Close(errors.New(why)) }
+
+// lost notes that there is no client now. The session waits for it.
+func (s *session) lost() {
+	ctx, cancel := s.table.s.storeContext()
+	defer cancel()
+	s.mu.Lock()
+	if s.ended || s.rec == nil {
+		s.mu.Unlock()
+		return
+	}
+	s.left = time.Now()
+	s.mu.Unlock()
+	s.touch(ctx, false)
+}
+
+// storeContext bounds what is not on behalf of a request.
+func (s *Server) storeContext() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), 5*time.Second)
+}

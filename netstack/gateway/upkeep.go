@@ -1,0 +1,200 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// upkeepEvery is how often sessions are looked at.
+const upkeepEvery = 2 * time.Second
+
+// upkeep looks at all sessions now and then: ends those whose time is over, and tells the store which
+// live. It ends with ctx.
+func (s *Server) upkeep(ctx context.Context) {
+	tick := time.NewTicker(upkeepEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		for _, session := range s.sessions.all() {
+			if ctx.Err() != nil {
+				return
+			}
+			session.look(ctx, time.Now())
+		}
+	}
+}
+
+// look is what upkeep does for one session.
+func (s *session) look(ctx context.Context, now time.Time) {
+	if !s.connecting.TryLock() {
+		return // it changes right now
+	}
+	defer s.connecting.Unlock()
+	s.mu.Lock()
+	rec, ended := s.rec, s.ended
+	s.mu.Unlock()
+	if ended || rec == nil {
+		return
+	}
+	profile, _ := s.table.s.groups.profile(rec.Group)
+	online, left := s.presence(now, &profile)
+	switch {
+	case !rec.Expires.IsZero() && now.After(rec.Expires):
+		s.end(ctx, "session timeout")
+		return
+	case online && profile.IdleTimeout > 0 && s.idle(now) > profile.IdleTimeout:
+		s.end(ctx, "idle timeout")
+		return
+	case !online && now.Sub(left) > profile.DisconnectedTimeout:
+		s.end(ctx, "the client is gone")
+		return
+	}
+	s.mu.Lock()
+	check := now.Sub(s.asked) > s.table.s.cfg.SessionCheck
+	touch := now.Sub(s.touched) > rec.ttl()/3 || rec.Connected != online
+	if check {
+		s.asked = now
+	}
+	s.mu.Unlock()
+	if check {
+		if _, err := s.table.s.cfg.Users.User(ctx, rec.User); errors.Is(err, ErrDenied) {
+			s.end(ctx, "the user may not come in any more")
+			return
+		}
+	}
+	if touch && (online || rec.Connected) {
+		s.touch(ctx, online)
+	}
+}
+
+// presence tells whether the client is there; left is since when it is not.
+func (s *session) presence(now time.Time, profile *Profile) (online bool, left time.Time) {
+	s.mu.Lock()
+	t, left := s.tunnel, s.left
+	stream := t != nil && t.stream
+	s.mu.Unlock()
+	if t == nil {
+		return false, left
+	}
+	if stream {
+		return true, time.Time{}
+	}
+	// Datagrams may go on without the TLS connection.
+	if heard := t.handle.Status().LastInbound; heard.After(left) {
+		left = heard
+	}
+	return now.Sub(left) < 3*profile.DPD, left
+}
+
+// idle is for how long no packet has come or gone. DPD and keepalive are none.
+func (s *session) idle(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.tunnel != nil {
+		st := s.tunnel.handle.Status()
+		if n := st.InboundPackets + st.OutboundPackets; n != s.packets {
+			s.packets, s.active = n, now
+		}
+	}
+	return now.Sub(s.active)
+}
+
+// touch tells the store that the session lives, and whether its client is connected. If another server has taken
+// over, or the session has ended elsewhere, it ends here.
+func (s *session) touch(ctx context.Context, online bool) {
+	store := s.table.s.cfg.Store
+	for range retries {
+		s.mu.Lock()
+		rec, raw := *s.rec, s.raw
+		s.mu.Unlock()
+		rec.Connected = online
+		fresh := rec.marshal()
+		changes := []Change{{Key: sessionKey + s.id, Old: raw, New: fresh, TTL: rec.ttl()}}
+		for _, a := range rec.Address {
+			changes = append(changes, Change{Key: leaseKey + a.String(), Old: []byte(s.id), New: []byte(s.id), TTL: rec.ttl()})
+		}
+		l, err := loadIDs(ctx, store, rec.User)
+		if err == nil && l.raw != nil {
+			changes = append(changes, Change{Key: userKey + rec.User, Old: l.raw, New: l.raw, TTL: 2 * rec.ttl()})
+		}
+		if err == nil {
+			err = store.Update(ctx, changes...)
+		}
+		if err == nil {
+			s.mu.Lock()
+			s.rec, s.raw, s.touched = &rec, fresh, time.Now()
+			s.mu.Unlock()
+			return
+		}
+		if !errors.Is(err, ErrConflict) {
+			if ctx.Err() == nil {
+				s.table.s.log.Error("the store does not answer", "session", s.public, "error", err)
+			}
+			return
+		}
+		if !s.reconcile(ctx) {
+			return
+		}
+	}
+}
+
+// reconcile finds out why the store has something else, and whether to try again.
+func (s *session) reconcile(ctx context.Context) (again bool) {
+	store, srv := s.table.s.cfg.Store, s.table.s
+	rec, raw, err := loadRecord(ctx, store, s.id)
+	if err != nil {
+		return false
+	}
+	s.mu.Lock()
+	mine, touched := s.rec, s.touched
+	s.mu.Unlock()
+	switch {
+	case rec == nil && time.Since(touched) < mine.ttl():
+		s.drop("it has ended on another server")
+		return false
+	case rec == nil:
+		return s.revive(ctx, mine)
+	case rec.Server != srv.cfg.ServerID:
+		s.drop("it goes on on another server")
+		return false
+	}
+	for _, a := range rec.Address {
+		owner, err := store.Get(ctx, leaseKey+a.String())
+		if err != nil {
+			return false
+		}
+		if string(owner) != s.id {
+			s.end(ctx, "its address is another session's")
+			return false
+		}
+	}
+	s.mu.Lock()
+	s.rec, s.raw = rec, raw
+	s.mu.Unlock()
+	return true
+}
+
+// revive writes a session into the store that has expired there while the store was out of reach. It goes on unless
+// others have its addresses by now.
+func (s *session) revive(ctx context.Context, rec *record) (again bool) {
+	raw := rec.marshal()
+	changes := []Change{{Key: sessionKey + s.id, New: raw, TTL: rec.ttl()}}
+	for _, a := range rec.Address {
+		changes = append(changes, Change{Key: leaseKey + a.String(), New: []byte(s.id), TTL: rec.ttl()})
+	}
+	switch err := s.table.s.cfg.Store.Update(ctx, changes...); {
+	case errors.Is(err, ErrConflict):
+		s.drop("its address is another session's")
+	case err == nil:
+		s.mu.Lock()
+		s.raw, s.touched = raw, time.Now()
+		s.mu.Unlock()
+		return true
+	}
+	return false
+}
