@@ -17,11 +17,18 @@ func newCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check -c FILE",
 		Short: "validate a configuration without starting anything",
-		Long: `Check reads a configuration, prints every mistake in it with its line and what is
+		Long: `Check reads a configuration, of a node or of a server (penstock serve), prints every mistake in it with its line and what is
 expected, or else a summary of what the node would do. It opens no socket and
 resolves no name.`,
 		Args: cobra.NoArgs,
 		RunE: verb(func(cmd *cobra.Command, _ []string) error {
+			if file != "" && config.IsServer(file) {
+				c, err := loadServer(file, cmd.ErrOrStderr())
+				if err != nil {
+					return err
+				}
+				return serverSummary(cmd.OutOrStdout(), c)
+			}
 			c, err := load(file, cmd.ErrOrStderr())
 			if err != nil {
 				return err

@@ -47,13 +47,22 @@ func TestDocs(t *testing.T) {
 		if cmd.Name() == "completion" {
 			continue // its flags are cobra's
 		}
-		cmd.Flags().VisitAll(func(f *pflag.Flag) {
-			if !strings.Contains(text, "--"+f.Name) {
-				t.Errorf("penstock %s --%s is not explained", cmd.Name(), f.Name)
+		flags := map[string]bool{}
+		for _, c := range append(cmd.Commands(), cmd) {
+			note := func(f *pflag.Flag) {
+				flags[f.Name] = true
+				if !strings.Contains(text, "--"+f.Name) {
+					t.Errorf("%s --%s is not explained", c.CommandPath(), f.Name)
+				}
 			}
-		})
+			c.Flags().VisitAll(note)
+			c.PersistentFlags().VisitAll(note)
+			if c != cmd && !strings.Contains(text, c.Name()) {
+				t.Errorf("%s is not explained", c.CommandPath())
+			}
+		}
 		for _, m := range regexp.MustCompile("(?m)^`.*--([a-z0-9-]+)").FindAllStringSubmatch(text, -1) {
-			if cmd.Flags().Lookup(m[1]) == nil {
+			if !flags[m[1]] {
 				t.Errorf("penstock %s has no flag --%s", cmd.Name(), m[1])
 			}
 		}
@@ -85,8 +94,46 @@ func TestDocs(t *testing.T) {
 	}
 }
 
+// TestServerDocs: docs/server.md explains every key of a server's configuration that is not a node's too, and none that does
+// not exist.
+func TestServerDocs(t *testing.T) {
+	b, err := os.ReadFile("../../docs/server.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := string(b)
+	nodes := map[string]bool{}
+	for _, key := range config.Keys() {
+		nodes[key] = true
+	}
+	known := map[string]bool{}
+	for _, key := range config.ServerKeys() {
+		known[key] = true
+		if nodes[key] {
+			continue
+		}
+		dot := strings.LastIndexByte(key, '.')
+		table, name := key[:dot], key[dot+1:]
+		if !strings.Contains(section(t, doc, heading(table)), "`"+name+"`") {
+			t.Errorf("%s is not explained", key)
+		}
+	}
+	for _, m := range regexp.MustCompile(`(?m)^### \[+([a-z.]+)\]+$`).FindAllStringSubmatch(doc, -1) {
+		text := section(t, doc, heading(m[1]))
+		for _, k := range regexp.MustCompile("(?m)^\\| `([a-z_]+)`(?:, `([a-z_]+)`)?").FindAllStringSubmatch(text, -1) {
+			for _, name := range k[1:] {
+				if name != "" && !known[m[1]+"."+name] {
+					t.Errorf("there is no %s.%s", m[1], name)
+				}
+			}
+		}
+	}
+}
+
 func heading(table string) string {
 	switch table {
+	case "group":
+		return "### [[" + table + "]]"
 	case "peer", "forward", "publish", "dns.split", "router.rule", "acl":
 		return "### [[" + table + "]]"
 	}

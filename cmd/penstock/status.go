@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/config"
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
 )
 
@@ -77,6 +78,12 @@ func findSocket(cmd *cobra.Command, file, socket string) (string, error) {
 		return "", exitWith(exitUsage, errors.New("-c and --socket both say which node is meant; give one"))
 	case socket != "":
 		return socket, nil
+	case file != "" && config.IsServer(file):
+		c, err := loadServer(file, cmd.ErrOrStderr())
+		if err != nil {
+			return "", err
+		}
+		return serverSocket(c), nil
 	case file != "":
 		c, err := load(file, cmd.ErrOrStderr())
 		if err != nil {

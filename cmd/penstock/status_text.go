@@ -69,6 +69,7 @@ func statusText(r *control.Report, now time.Time) string {
 	p.line("running", "for %s, process %d, version %s", span(now.Sub(n.Started)), r.PID, r.Version)
 	p.line("address", "%s", joined(n.Addresses))
 	p.line("mtu", "%d bytes", n.MTU)
+	p.server(r, now)
 	p.peers(r, now)
 	p.sockets(r)
 	p.tun(r)
@@ -78,6 +79,23 @@ func statusText(r *control.Report, now time.Time) string {
 	p.acl(r)
 	p.drops(r)
 	return p.b.String()
+}
+
+func (p *page) server(r *control.Report, now time.Time) {
+	s := r.Server
+	if s == nil {
+		return
+	}
+	p.heading("server %s", joined(s.Listen))
+	p.line("clients", "%d, %d sessions", s.Clients, s.Sessions)
+	p.line("sign-ins", "%d, %d wrong", s.SignIns, s.WrongSignIns)
+	for _, why := range slices.Sorted(maps.Keys(s.Refused)) {
+		p.line("refused", "%d connections: %s", s.Refused[why], why)
+	}
+	p.line("bans", "%d in all, %d now", s.Bans, len(s.Banned))
+	for _, b := range s.Banned {
+		p.line("", "%s for %s", b.Source, span(b.Until.Sub(now)))
+	}
 }
 
 func (p *page) peers(r *control.Report, now time.Time) {

@@ -58,7 +58,12 @@ func complete(cmd *cobra.Command, flag string, values ...string) {
 
 // newLogger writes as the flags say, or else as the file does.
 func newLogger(w io.Writer, c *config.Config, level, format string) (*slog.Logger, error) {
-	opts := &slog.HandlerOptions{Level: c.Node.LogLevel}
+	return newLoggerOf(w, c.Node.LogLevel, c.Node.LogFormat, level, format)
+}
+
+// newLoggerOf writes as the flags level and format say, or else as the file does.
+func newLoggerOf(w io.Writer, fileLevel slog.Level, fileFormat, level, format string) (*slog.Logger, error) {
+	opts := &slog.HandlerOptions{Level: fileLevel}
 	if level != "" {
 		l, ok := config.LogLevel(level)
 		if !ok {
@@ -67,7 +72,7 @@ func newLogger(w io.Writer, c *config.Config, level, format string) (*slog.Logge
 		opts.Level = l
 	}
 	if format == "" {
-		format = c.Node.LogFormat
+		format = fileFormat
 	}
 	switch format {
 	case "text":
@@ -220,19 +225,24 @@ func nodeConfig(c *config.Config, log *slog.Logger) netstack.Config {
 		NoGSO:        c.Offload.NoSuperpackets,
 		Logger:       log,
 	}
-	n.Socket.DisableGSO = c.Offload.NoGSO
-	n.Socket.DisableGRO = c.Offload.NoGRO
-	n.Socket.SendBuffer = c.Offload.SendBuffer
-	n.Socket.ReceiveBuffer = c.Offload.ReceiveBuffer
-	n.Socket.MaxSegments = c.Offload.MaxSegments
-	n.Socket.MaxPacingRate = uint64(c.Offload.PacingRate)
-	n.Socket.Logger = log
+	setSocket(&n, c.Offload, log)
 	for _, p := range c.Peers {
 		n.Peers = append(n.Peers, netstack.Peer{
 			Name: p.Name, PublicKey: p.PublicKey, Endpoint: p.Endpoint, AllowedIPs: p.AllowedIPs, KnownAs: p.KnownAs,
 		})
 	}
 	return n
+}
+
+// setSocket says [offload] in the library's words.
+func setSocket(n *netstack.Config, o config.Offload, log *slog.Logger) {
+	n.Socket.DisableGSO = o.NoGSO
+	n.Socket.DisableGRO = o.NoGRO
+	n.Socket.SendBuffer = o.SendBuffer
+	n.Socket.ReceiveBuffer = o.ReceiveBuffer
+	n.Socket.MaxSegments = o.MaxSegments
+	n.Socket.MaxPacingRate = uint64(o.PacingRate)
+	n.Socket.Logger = log
 }
 
 // socketPath is where the node of a configuration answers.

@@ -100,15 +100,7 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 	}
 	c.ACLLimits = r.filter(&raw.Filter, len(c.ACL))
 	c.Proxy = r.proxy(&raw.Proxy)
-	c.Offload = Offload{
-		NoSuperpackets: !r.flag("offload.superpackets", raw.Offload.Superpackets),
-		NoGSO:          !r.flag("offload.gso", raw.Offload.GSO),
-		NoGRO:          !r.flag("offload.gro", raw.Offload.GRO),
-		SendBuffer:     r.size("offload.send_buffer", raw.Offload.SendBuffer, 4<<10, 1<<30),
-		ReceiveBuffer:  r.size("offload.receive_buffer", raw.Offload.ReceiveBuffer, 4<<10, 1<<30),
-		MaxSegments:    int(r.integer("offload.max_segments", raw.Offload.MaxSegments, 1, 128)),
-		PacingRate:     r.size("offload.pacing_rate", raw.Offload.PacingRate, 1<<10, 1<<30),
-	}
+	c.Offload = r.offload(&raw.Offload)
 	c.TCP = r.tcp(&raw.TCP)
 	c.Timing = r.timing(&raw.Timing)
 	r.together(c)
@@ -117,6 +109,18 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 	}
 	c.Warnings = r.warnings
 	return c, nil
+}
+
+func (r *reader) offload(raw *rawOffload) Offload {
+	return Offload{
+		NoSuperpackets: !r.flag("offload.superpackets", raw.Superpackets),
+		NoGSO:          !r.flag("offload.gso", raw.GSO),
+		NoGRO:          !r.flag("offload.gro", raw.GRO),
+		SendBuffer:     r.size("offload.send_buffer", raw.SendBuffer, 4<<10, 1<<30),
+		ReceiveBuffer:  r.size("offload.receive_buffer", raw.ReceiveBuffer, 4<<10, 1<<30),
+		MaxSegments:    int(r.integer("offload.max_segments", raw.MaxSegments, 1, 128)),
+		PacingRate:     r.size("offload.pacing_rate", raw.PacingRate, 1<<10, 1<<30),
+	}
 }
 
 // decode reads the TOML itself: syntax, tables and the names of keys. Raw is what s was read off.

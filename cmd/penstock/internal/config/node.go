@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"strings"
 	"time"
@@ -35,8 +36,8 @@ var suites = map[string]netstack.CipherSuite{
 
 func (r *reader) node(raw *rawNode, keyFile KeyFile) (n Node) {
 	n.PrivateKey = r.privateKey(raw, keyFile)
-	n.Addresses = r.addresses(raw.Address)
-	n.Listen = r.listen(raw.Listen)
+	n.Addresses = r.addressesAt("node.address", raw.Address, wantAddress)
+	n.Listen = r.listenAt("node.listen", raw.Listen, wantListen)
 
 	least := int64(minMTU4)
 	for _, a := range n.Addresses {
@@ -47,13 +48,7 @@ func (r *reader) node(raw *rawNode, keyFile KeyFile) (n Node) {
 	n.MTU = int(r.integer("node.mtu", raw.MTU, least, maxMTU))
 
 	n.SocketGroup, _ = r.text("node.control_group", raw.ControlGroup, "the name of a group")
-	n.Socket, _ = r.text("node.control", raw.Control, "the path of a Unix socket")
-	if len(n.Socket) > maxSocketPath {
-		r.wrong("node.control", fmt.Sprintf("is %d bytes long", len(n.Socket)), fmt.Sprintf("a path of at most %d bytes", maxSocketPath))
-	}
-	if strings.ContainsRune(n.Socket, 0) {
-		r.wrong("node.control", "has a zero byte in it", "the path of a Unix socket")
-	}
+	n.Socket = r.socket("node.control", raw.Control)
 
 	const wantSuite = "aes-128-gcm, aes-256-gcm or chacha20-poly1305"
 	for _, it := range r.texts("node.cipher_suites", raw.CipherSuites, wantSuite) {
@@ -72,20 +67,39 @@ func (r *reader) node(raw *rawNode, keyFile KeyFile) (n Node) {
 
 	n.Speedtest = raw.Speedtest != nil && r.flag("node.speedtest", raw.Speedtest)
 
+	n.LogLevel, n.LogFormat = r.log("node", raw.Log, raw.LogFormat)
+	return n
+}
+
+// socket reads the path of a control socket.
+func (r *reader) socket(path string, v any) string {
+	const want = "the path of a Unix socket"
+	s, _ := r.text(path, v, want)
+	if len(s) > maxSocketPath {
+		r.wrong(path, fmt.Sprintf("is %d bytes long", len(s)), fmt.Sprintf("a path of at most %d bytes", maxSocketPath))
+	}
+	if strings.ContainsRune(s, 0) {
+		r.wrong(path, "has a zero byte in it", want)
+	}
+	return s
+}
+
+// log reads how much is logged, and in which format.
+func (r *reader) log(table string, levelValue, formatValue any) (level slog.Level, format string) {
 	const wantLog = "debug, info, warn or error"
-	if s, ok := r.text("node.log", raw.Log, wantLog); ok {
-		if n.LogLevel, ok = LogLevel(s); !ok {
-			r.wrong("node.log", quoted(s)+" is not a level", wantLog)
+	if s, ok := r.text(table+".log", levelValue, wantLog); ok {
+		if level, ok = LogLevel(s); !ok {
+			r.wrong(table+".log", quoted(s)+" is not a level", wantLog)
 		}
 	}
 	const wantFormat = "text or json"
-	n.LogFormat = "text"
-	if s, ok := r.text("node.log_format", raw.LogFormat, wantFormat); ok {
-		if n.LogFormat = s; s != "text" && s != "json" {
-			r.wrong("node.log_format", quoted(s)+" is not a format", wantFormat)
+	format = "text"
+	if s, ok := r.text(table+".log_format", formatValue, wantFormat); ok {
+		if format = s; s != "text" && s != "json" {
+			r.wrong(table+".log_format", quoted(s)+" is not a format", wantFormat)
 		}
 	}
-	return n
+	return level, format
 }
 
 // privateKey reads the key, or the file it is in. No message shows any part of
@@ -124,20 +138,20 @@ func (r *reader) privateKey(raw *rawNode, keyFile KeyFile) (k netstack.PrivateKe
 	return k
 }
 
-// addresses reads node.address.
-func (r *reader) addresses(v any) (addresses []netip.Prefix) {
-	items := r.texts("node.address", v, wantAddress)
+// addressesAt reads addresses inside the VPN, at least one.
+func (r *reader) addressesAt(path string, v any, want string) (addresses []netip.Prefix) {
+	items := r.texts(path, v, want)
 	if len(items) == 0 && r.empty(v) {
-		r.wrong("node.address", "is missing", wantAddress)
+		r.wrong(path, "is missing", want)
 	}
 	seen := map[netip.Addr]string{}
 	for _, it := range items {
 		p, problem := parsePrefix(it.text)
 		switch {
 		case problem != "":
-			r.wrong(it.path, quoted(it.text)+" "+problem, wantAddress)
+			r.wrong(it.path, quoted(it.text)+" "+problem, want)
 		case unusable(p.Addr()) != "":
-			r.wrong(it.path, quoted(it.text)+" is "+unusable(p.Addr()), wantAddress)
+			r.wrong(it.path, quoted(it.text)+" is "+unusable(p.Addr()), want)
 		case seen[p.Addr()] != "":
 			r.wrong(it.path, quoted(it.text)+" is there twice", "each address once")
 		default:
@@ -148,10 +162,10 @@ func (r *reader) addresses(v any) (addresses []netip.Prefix) {
 	return addresses
 }
 
-// listen reads node.listen.
-func (r *reader) listen(v any) (listen []netip.AddrPort) {
+// listenAt reads addresses with ports of this machine.
+func (r *reader) listenAt(path string, v any, want string) (listen []netip.AddrPort) {
 	seen := map[netip.AddrPort]bool{}
-	for _, it := range r.texts("node.listen", v, wantListen) {
+	for _, it := range r.texts(path, v, want) {
 		text := it.text
 		if strings.HasPrefix(text, ":") {
 			text = "[::]" + text
@@ -159,9 +173,9 @@ func (r *reader) listen(v any) (listen []netip.AddrPort) {
 		ap, err := netip.ParseAddrPort(text)
 		switch {
 		case err != nil:
-			r.wrong(it.path, quoted(it.text)+" is not an address and a port", wantListen)
+			r.wrong(it.path, quoted(it.text)+" is not an address and a port", want)
 		case ap.Addr().IsMulticast(), ap.Addr().Is4In6():
-			r.wrong(it.path, quoted(it.text)+" is no address of a machine", wantListen)
+			r.wrong(it.path, quoted(it.text)+" is no address of a machine", want)
 		case ap.Port() != 0 && seen[ap]:
 			r.wrong(it.path, quoted(it.text)+" is there twice", "each socket once")
 		default:

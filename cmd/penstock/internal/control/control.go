@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/penstock-vpn/penstock/netstack"
+	"github.com/penstock-vpn/penstock/netstack/gateway"
 )
 
 // Report is the answer to GET /status. Its JSON form is stable: keys are added,
@@ -24,13 +25,27 @@ type Report struct {
 	PID     int             `json:"pid"`
 	Config  string          `json:"config"` // the file's absolute path
 	Node    netstack.Status `json:"node"`
+	// Server is nil unless the node is that of penstock serve.
+	Server *gateway.Status `json:"server,omitempty"`
 }
 
 // Serve answers requests on l, which it takes, until the returned function is
 // called. That waits for requests under way, for a second at most. node does what programs
 // ask for; nil: only the report can be had.
 func Serve(l net.Listener, report func() Report, node *netstack.Node) (stop func()) {
+	return serve(l, report, node, nil)
+}
+
+// ServeGateway is Serve for a server and its node.
+func ServeGateway(l net.Listener, report func() Report, server *gateway.Server) (stop func()) {
+	return serve(l, report, server.Node(), server)
+}
+
+func serve(l net.Listener, report func() Report, node *netstack.Node, server *gateway.Server) (stop func()) {
 	mux := http.NewServeMux()
+	if server != nil {
+		serverVerbs{server}.handle(mux)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	v := &verbs{node: node, ctx: ctx}
 	if node != nil {
