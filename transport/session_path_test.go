@@ -344,4 +344,6 @@ func TestGoodbyeToAnOldStreamEndsOnlyThat(t *testing.T) {
 // discardConn is a connection on which nothing ever comes and all that is written vanishes.
 type discardConn struct{ net.Conn }
 
-func (discardConn) Close() error { return nil }
+func (discardConn) Close() error                     { return nil }
+func (discardConn) Write(p []byte) (int, error)      { return len(p), nil }
+func (discardConn) SetWriteDeadline(time.Time) error { return nil }

@@ -81,12 +81,7 @@ func (st *stream) fill(b *burst) error {
 		}
 	}
 	for {
-		if len(b.buf)-b.w < streamHeaderSize+maxStreamBody || len(b.packets) >= burstPackets/2 {
-			st.deliver(b)
-			rest := b.buf[b.r:b.w]
-			b.reset()
-			b.w += copy(b.buf[b.w:], rest)
-		}
+		st.makeRoom(b)
 		n, err := st.conn.Read(b.buf[b.w:])
 		if n > 0 {
 			b.w += n
@@ -104,6 +99,17 @@ func (st *stream) fill(b *burst) error {
 			return nil
 		}
 	}
+}
+
+// makeRoom sees to it that the largest frame has room behind what b holds.
+func (st *stream) makeRoom(b *burst) {
+	if len(b.buf)-b.w >= streamHeaderSize+maxStreamBody && len(b.packets) < burstPackets/2 {
+		return
+	}
+	st.deliver(b)
+	rest := b.buf[b.r:b.w]
+	b.reset()
+	b.w += copy(b.buf[b.w:], rest)
 }
 
 // streamError gives the end of a stream a name.
