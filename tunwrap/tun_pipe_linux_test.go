@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"testing"
 	"time"
@@ -136,6 +137,69 @@ func TestTUNReads(t *testing.T) {
 					t.Errorf("%+v, want %d packets, %d of them super", s, n, supers)
 				}
 			})
+		}
+	}
+}
+
+// Superpackets of several shapes, plain packets and some that do not pass, mixed: nothing is out of place.
+func TestTUNReadsMixed(t *testing.T) {
+	shapes := []struct {
+		spec spec
+		size int
+	}{
+		{spec: spec{flags: ack, tcpOptions: timestamps}, size: 1348},
+		{spec: spec{flags: ack | psh | cwr, tcpOptions: timestamps, v6: true}, size: 1328},
+		{spec: spec{flags: ack | fin}, size: 500},
+		{spec: spec{udp: true}, size: 1200},
+		{spec: spec{udp: true}}, // plain
+		{spec: spec{flags: ack}, size: 1360},
+	}
+	for seed := range uint64(60) {
+		rnd := rand.New(rand.NewPCG(seed, 1))
+		room, batch := 1400+rnd.IntN(3)*rnd.IntN(300), 1+rnd.IntN(150)
+		dev, kernel := pipeTUN(t, TUNOptions{})
+		if seed%4 == 3 {
+			// One shape does not pass.
+			f, err := NewFilter(FilterOptions{Rules: []FilterRule{{Protocol: "tcp"}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			dev.SetFilter(f)
+		}
+		shape := 0
+		for range 30 {
+			var want [][]byte
+			for range 1 + rnd.IntN(4) {
+				if rnd.IntN(4) == 0 {
+					shape = rnd.IntN(len(shapes))
+				}
+				s := shapes[shape].spec
+				s.sport, s.seq, s.id = uint16(rnd.IntN(3)), rnd.Uint32(), uint16(rnd.Uint32())
+				g := s.gso(shapes[shape].size)
+				if g.GSOSize == 0 {
+					g.Type = GSONone
+					s.payload = payload(rnd.IntN(1372))
+				} else {
+					s.payload = payload(1 + rnd.IntN([]int{60000, 5000, 2 * int(g.GSOSize)}[rnd.IntN(3)]))
+				}
+				g.CsumStart, g.HdrLen = uint16(s.l4Offset()), 60
+				give(t, kernel, g, s.partial())
+				switch {
+				case s.udp && seed%4 == 3:
+				case g.GSOSize == 0:
+					want = append(want, s.full())
+				default:
+					want = append(want, s.plainSegments(int(g.GSOSize))...)
+				}
+			}
+			last := spec{sport: 9, flags: ack, payload: []byte("last")}
+			give(t, kernel, GSO{}, last.full())
+			if err := differ(readUntil(t, dev, batch, room, last.full()), want); err != nil {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+		}
+		if d := dev.Drops(); d.Total() != d[DropFilter] || (d[DropFilter] > 0) != (seed%4 == 3) {
+			t.Errorf("drops %v", d)
 		}
 	}
 }
