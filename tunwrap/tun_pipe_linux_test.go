@@ -208,7 +208,8 @@ func TestTUNReadsMixed(t *testing.T) {
 func TestTUNReadDrops(t *testing.T) {
 	super := spec{flags: ack, payload: payload(5200)}
 	plain := spec{udp: true, payload: payload(100)}
-	big := spec{udp: true, payload: payload(1500)}
+	df := super // its sender is told, of the first segment
+	df.df = true
 	for _, c := range []struct {
 		name   string
 		change func(*GSO)
@@ -224,10 +225,9 @@ func TestTUNReadDrops(t *testing.T) {
 		{"UFO", func(g *GSO) { g.Type = 3 }, super.partial(), DropGSO, 1},
 		{"a short packet", func(*GSO) {}, super.partial()[:30], DropMalformed, 1},
 		{"a longer packet", func(*GSO) {}, append(super.partial(), 0), DropGSO, 1},
-		{"segments that do not fit", func(g *GSO) { g.GSOSize = 2600 }, super.partial(), DropOversize, 2},
+		{"segments that do not fit", func(g *GSO) { g.GSOSize = 2600 }, df.partial(), DropOversize, 1},
 		{"a checksum behind the end", func(g *GSO) { *g = GSO{NeedsCsum: true, CsumStart: 127, CsumOffset: 6} }, plain.partial(), DropGSO, 1},
 		{"a checksum far behind the end", func(g *GSO) { *g = GSO{NeedsCsum: true, CsumStart: 65535, CsumOffset: 65535} }, plain.partial(), DropGSO, 1},
-		{"a packet that does not fit", func(g *GSO) { *g = GSO{} }, big.full(), DropOversize, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dev, kernel := pipeTUN(t, TUNOptions{})
@@ -243,6 +243,78 @@ func TestTUNReadDrops(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An interface with a larger MTU than the tunnel's is no black hole: what does not fit is answered or fragmented.
+func TestTUNReadTooLong(t *testing.T) {
+	udp := spec{udp: true, payload: payload(3000)}
+	df := udp
+	df.df = true
+	six := spec{v6: true, flags: ack, payload: payload(20000)}
+	for _, c := range []struct {
+		name      string
+		s         spec
+		gso       int
+		fragments int
+	}{
+		{"plain", df, 0, 0},
+		{"larger than what is read to the buffer", spec{udp: true, df: true, payload: payload(30000)}, 0, 0},
+		{"without DF", udp, 0, 3},
+		{"superpacket", six, 8000, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for _, room := range []int{1400, 17000} {
+				dev, kernel := pipeTUN(t, TUNOptions{})
+				g := GSO{NeedsCsum: true, CsumStart: uint16(c.s.l4Offset()), CsumOffset: udpChecksum}
+				if c.gso > 0 {
+					g = c.s.gso(c.gso)
+				}
+				give(t, kernel, g, c.s.partial())
+				give(t, kernel, GSO{}, sentinel())
+				got := readUntil(t, dev, 20, room, sentinel())
+				if err := dev.drained(t, room, c.fragments, &got); err != nil {
+					t.Fatal(err)
+				}
+				told := taken(t, kernel)
+				if fits := len(c.s.full()) <= room || c.gso > 0 && c.gso+60 <= room; fits {
+					if len(told) > 0 || dev.Drops() != (Drops{}) {
+						t.Errorf("room %d: %d messages, drops %v", room, len(told), dev.Drops())
+					}
+					continue
+				}
+				if len(told) != b2i(c.fragments == 0) || len(got) != c.fragments {
+					t.Fatalf("room %d: %d messages, %d fragments", room, len(told), len(got))
+				}
+				for _, m := range told {
+					if err := valid(m.b); err != nil {
+						t.Error(err)
+					}
+					l, _ := locate(m.b, len(m.b))
+					mtu := int(be16(m.b, l.l4+6))
+					inner := m.b[l.l4+8:]
+					if mtu != room || !bytes.Equal(inner[l.l4:][:8], c.s.full()[l.l4:][:8]) && !c.s.udp {
+						t.Errorf("MTU %d, about %x", mtu, inner[:60])
+					}
+				}
+				if d := dev.Drops(); d.Total() != d[DropOversize] || d[DropOversize] != uint64(2*b2i(c.gso > 0)) {
+					t.Errorf("room %d: drops %v", room, d)
+				}
+			}
+		})
+	}
+}
+
+// drained reads the fragments that were left for the next Read.
+func (t *TUN) drained(tb testing.TB, room, fragments int, got *[][]byte) error {
+	if len(t.readers[0].pending) == 0 {
+		return nil
+	}
+	t.mustPend(sentinel())
+	*got = append(*got, readUntil(tb, t, 20, room, sentinel())...)
+	if len(*got) != fragments {
+		return fmt.Errorf("%d fragments", len(*got))
+	}
+	return nil
 }
 
 // The checksum that the kernel leaves to us may be that of a packet inside another; NAT changes the

@@ -102,7 +102,7 @@ func (r *TUNReader) fillFrom(fd uintptr) bool {
 	}
 	for r.n < len(r.bufs) {
 		if r.seg.busy {
-			r.n += r.split(r.bufs[r.n:], r.sizes[r.n:], r.offset, &r.t.drops)
+			r.n += r.split(r.bufs[r.n:], r.sizes[r.n:], r.offset, r.t)
 			continue
 		}
 		dst := r.bufs[r.n][r.offset:]

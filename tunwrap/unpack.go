@@ -12,6 +12,8 @@ type unpacker struct {
 	// part before spillStart takes what of the payload in that buffer is not the first segment's.
 	spill [spillStart + maxPacket + 1]byte
 
+	told bool // the sender of the superpacket in seg has been told that it is too big
+
 	counts outboundCounts
 	now    int64 // of the packets at hand, for the filter
 }
@@ -36,8 +38,13 @@ func (u *unpacker) take(dst []byte, size int, t *TUN) (written int) {
 	nat, filter := t.nat.Load(), t.filter.Load()
 	d := DropNone
 	if g.kind() == GSONone {
-		d = u.finish(dst, size, &g, nat, filter)
-		if d == DropNone {
+		b := u.whole(dst, size)
+		d = u.finish(b, &g, nat, filter)
+		switch {
+		case d != DropNone:
+		case size > len(dst):
+			t.TooBig(b, len(dst))
+		default:
 			u.counts.segments++
 			u.counts.bytes += uint64(size)
 			return size
@@ -51,15 +58,22 @@ func (u *unpacker) take(dst []byte, size int, t *TUN) (written int) {
 	return 0
 }
 
-// finish completes the plain packet of size bytes in dst.
-func (u *unpacker) finish(dst []byte, size int, g *GSO, nat *natTable, filter *Filter) Drop {
-	if size > len(dst) {
-		return DropOversize
+// whole lends the plain packet of size bytes in one piece: in dst, or in spill if it does not fit there.
+func (u *unpacker) whole(dst []byte, size int) []byte {
+	head := u.direct(dst)
+	switch {
+	case size <= len(head):
+		return dst[:size]
+	case size <= len(dst):
+		copy(dst[len(head):], u.spill[spillStart:spillStart+size-len(head)])
+		return dst[:size]
 	}
-	if size > spillStart {
-		copy(dst[spillStart:], u.spill[spillStart:size])
-	}
-	b := dst[:size]
+	start := spillStart - copy(u.spill[spillStart-len(head):], head)
+	return u.spill[start : start+size]
+}
+
+// finish completes the plain packet b.
+func (u *unpacker) finish(b []byte, g *GSO, nat *natTable, filter *Filter) Drop {
 	if g.NeedsCsum {
 		// First, because the checksum need not be that of the outer transport header: the
 		// kernel leaves that of a tunnelled packet to us too, and NAT would not find it.
@@ -102,6 +116,7 @@ func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable, filter *Filt
 		nat.outbound(u.seg.headers(), &u.seg.layout, &u.seg.gso)
 	}
 	u.seg.prime()
+	u.told = false
 	if u.seg.left > int(u.seg.gso.GSOSize) {
 		u.counts.superpackets++
 	}
@@ -109,13 +124,21 @@ func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable, filter *Filt
 }
 
 // split writes segments of the superpacket in seg until bufs are full, to bufs[i][offset:], their lengths to
-// sizes, and returns how many.
-func (u *unpacker) split(bufs [][]byte, sizes []int, offset int, drops *dropCounters) (n int) {
+// sizes, and returns how many. Of segments that do not fit, because somebody has given the interface a larger MTU
+// than the tunnel's, the first is answered like any packet too big.
+func (u *unpacker) split(bufs [][]byte, sizes []int, offset int, t *TUN) (n int) {
 	for u.seg.busy && n < len(bufs) {
 		size := u.seg.segmentLen()
-		if offset+size > len(bufs[n]) {
-			drops.add(DropOversize)
-			u.seg.drop()
+		if fits := len(bufs[n]) - offset; size > fits {
+			if u.told {
+				t.drops.add(DropOversize)
+				u.seg.drop()
+				continue
+			}
+			u.told = true
+			b := make([]byte, size)
+			u.seg.next(b)
+			t.TooBig(b, fits)
 			continue
 		}
 		u.seg.next(bufs[n][offset:])
