@@ -190,6 +190,7 @@ func (n *Node) startOuter() error {
 		TooBig:         n.tooBig,
 		PathMTUChanged: n.pathMTUChanged,
 		InnerMTU:       n.innerMTU(),
+		EarlyDrop:      n.earlyDrop(),
 		Logger:         n.log,
 		CipherSuites:   n.cfg.CipherSuites,
 		Timing:         n.cfg.Timing,

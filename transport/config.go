@@ -26,6 +26,10 @@ type Config struct {
 	// established peers has changed. It must not call Close, which waits for it. nil is allowed.
 	PathMTUChanged func(innerMTU int)
 
+	// EarlyDrop is how many bytes may wait in a socket until TCP is asked to send less: while receives find more, a
+	// packet is dropped now and then. 0: none is, until the socket's buffer is full.
+	EarlyDrop int
+
 	// InnerMTU is the largest packet the Device will give, in bytes; 0 means
 	// [DefaultInnerMTU]. The path is not probed beyond it. At most [MaxInnerMTU].
 	InnerMTU int

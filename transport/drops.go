@@ -28,6 +28,7 @@ const (
 	DropHalfOpen                            // inbound: too many half-open handshakes, in all or from the source
 	DropHalfOpenRate                        // inbound: hellos from unknown addresses came too fast
 	DropChallenged                          // inbound: a hello answered by a cookie, as strangers were many or a handshake was to end for it
+	DropEarly                               // inbound: much waits in the socket's queue, so TCP is asked to send less
 	DropDevice                              // inbound: the Device did not take the packet
 	DropUnknownSession                      // inbound: a hello that names no session, or no peer can have sent
 	DropSessionHandshakes                   // inbound: too many handshakes of one session at once
@@ -56,6 +57,7 @@ var dropNames = [numDropReasons]string{
 	DropHalfOpen:       "too many half-open handshakes",
 	DropHalfOpenRate:   "hellos from unknown addresses too fast",
 	DropChallenged:     "hello answered by a cookie",
+	DropEarly:          "dropped early, much was waiting",
 	DropDevice:         "device refused the packet",
 
 	DropUnknownSession:    "hello of an unknown session",

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/gaissmai/bart"
@@ -32,6 +33,9 @@ const (
 	// newcomerRate bounds how many records a second that look like replays at a known address take of
 	// searchRate.
 	newcomerRate = 10
+	// bulkPacket is the size in bytes from which a packet is taken for one of a flow that sends as much
+	// as it can.
+	bulkPacket = 500
 	// doubtTime is how long records from an address are looked at with care after one
 	// that was not of the peer known there: a copy each, and another peer may have sent it.
 	doubtTime = time.Second
@@ -68,6 +72,8 @@ type inbound struct {
 	newcomers *rate.Limiter
 	now       int64
 
+	drop *earlyDrop // nil: nobody minds how much waits
+
 	doubt   netip.AddrPort // an address from where a record came that was not of the peer known there
 	doubted int64          // clock reading of that
 
@@ -101,6 +107,9 @@ func newInbound(t *Transport, conn PacketConn) *inbound {
 		shared:    rate.NewLimiter(sharedRate, sharedRate/10),
 		newcomers: rate.NewLimiter(newcomerRate, newcomerRate),
 	}
+	if n := t.cfg.EarlyDrop; n > 0 {
+		in.drop = &earlyDrop{limit: n}
+	}
 	return in
 }
 
@@ -116,8 +125,13 @@ func newBatch() []Inbound {
 // receive deals with one batch of the socket.
 func (in *inbound) receive(batch []Inbound) {
 	in.now = in.t.clock.now()
+	bytes := 0
 	for i := range batch {
+		bytes += batch[i].N
 		in.message(&batch[i])
+	}
+	if in.drop != nil && in.drop.now(bytes, in.now) {
+		in.shed()
 	}
 	in.deliver()
 }
@@ -133,6 +147,18 @@ func (in *inbound) deliver() {
 		in.t.drops.add(DropDevice, len(in.packets)-n)
 	}
 	in.packets = in.packets[:0]
+}
+
+// shed drops the oldest packet of a bulk flow: from whichever flow sends most, mostly. What is
+// small and rare (a ping, a name, a key that was pressed, an acknowledgement) did not fill the queue.
+func (in *inbound) shed() {
+	for i, p := range in.packets {
+		if len(p) >= deviceOffset+bulkPacket {
+			in.packets = slices.Delete(in.packets, i, i+1)
+			in.t.drops.add(DropEarly, 1)
+			return
+		}
+	}
 }
 
 // single deals with one datagram outside the pump.
