@@ -266,11 +266,7 @@ func (e *loopbackEnd) handshake(h *handshaker, client bool, want PublicKey) erro
 	run := h.client
 	if !client {
 		run = h.server
-		select {
-		case <-e.ready:
-		case <-ctx.Done():
-			e.t.Fatal("no hello came")
-		}
+		e.wantHello(ctx)
 	}
 	s, err := run(ctx, e.conn, only(want))
 	if err != nil {
@@ -278,6 +274,15 @@ func (e *loopbackEnd) handshake(h *handshaker, client bool, want PublicKey) erro
 	}
 	e.takeOver(s)
 	return nil
+}
+
+func (e *loopbackEnd) wantHello(ctx context.Context) {
+	e.t.Helper()
+	select {
+	case <-e.ready:
+	case <-ctx.Done():
+		e.t.Fatal("no hello came")
+	}
 }
 
 func (e *loopbackEnd) takeOver(s *agreement) {
