@@ -20,6 +20,12 @@ import (
 // tlsPair is a TLS connection over TCP on loopback, as CONNECT leaves it: StreamConns below, and records as large as what is written.
 func tlsPair(t testing.TB) (client, server net.Conn) {
 	t.Helper()
+	return tlsPairOver(t, func(c net.Conn) net.Conn { return NewStreamConn(c) })
+}
+
+// tlsPairOver is the same with something else below.
+func tlsPairOver(t testing.TB, below func(net.Conn) net.Conn) (client, server net.Conn) {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -33,8 +39,8 @@ func tlsPair(t testing.TB) (client, server net.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := tls.Client(NewStreamConn(dialled), &tls.Config{InsecureSkipVerify: true, DynamicRecordSizingDisabled: true})
-	s := tls.Server(NewStreamConn(accepted), &tls.Config{Certificates: []tls.Certificate{testCertificate()}, DynamicRecordSizingDisabled: true})
+	c := tls.Client(below(dialled), &tls.Config{InsecureSkipVerify: true, DynamicRecordSizingDisabled: true})
+	s := tls.Server(below(accepted), &tls.Config{Certificates: []tls.Certificate{testCertificate()}, DynamicRecordSizingDisabled: true})
 	failed := make(chan error, 1)
 	go func() { failed <- s.Handshake() }()
 	if err := errors.Join(c.Handshake(), <-failed); err != nil {
