@@ -225,7 +225,7 @@ func (p *peer) checkPathLocked(now int64, pause time.Duration) {
 // mtuLocked moves the search for the path MTU on.
 func (p *peer) mtuLocked(now int64, after *actions) (due int64) {
 	a := p.slots.Load().current
-	if counted := a != nil; counted != p.mtuCounted {
+	if counted := p.countedMTU(); counted != p.mtuCounted {
 		p.mtuCounted = counted
 		after.add(p.t.reportMTU)
 	}
@@ -258,7 +258,10 @@ func (p *peer) dialLocked(now int64, after *actions) (due int64) {
 	tm := p.timing
 	want := never
 	switch {
-	case p.dialling || !p.identity.calls():
+	case p.dialling:
+		return never
+	case !p.identity.calls():
+		p.retireWornLocked(s.current, after)
 		return never
 	case p.session != nil && p.session.redial:
 		want = 0
@@ -287,6 +290,18 @@ func (p *peer) dialLocked(now int64, after *actions) (due int64) {
 	p.dialling = true
 	after.add(func() { p.t.startDial(p) })
 	return never
+}
+
+// retireWornLocked ends an association that has sealed as much as it may and that only the far end could have replaced. A client
+// takes close_notify for a reason to begin anew.
+func (p *peer) retireWornLocked(a *association, after *actions) {
+	if a == nil || a.nextSeq.Load() < p.timing.RekeyAfterRecords {
+		return
+	}
+	after.add(func() {
+		p.t.sendCloseNotify(a)
+		p.goodbye(a)
+	})
 }
 
 // rekeyDueLocked is when a's keys are to be replaced. The responder waits a

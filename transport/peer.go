@@ -46,7 +46,7 @@ type peer struct {
 	waiting       waitingRoom
 	dpd           dpd
 	mtu           pathMTU
-	mtuCounted    bool // in what reportMTU was last told
+	mtuCounted    int // countedMTU when reportMTU was last told
 	checked       struct {
 		packets uint64 // outbound, when the path was last checked
 		at      int64  // clock reading of that

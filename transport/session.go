@@ -211,6 +211,9 @@ func newSession(t *Transport, cfg SessionConfig, secret *sharedSecret) *Session 
 		s.timing.DPDTimeout = inProportion(dpd, s.timing.DPDTimeout, s.timing.DPD)
 		s.timing.DPD = dpd
 	}
+	if !cfg.Client {
+		s.timing.RekeyAfterRecords = maxRecords / 4 * 3 // the client's business, until there is no more to wait for
+	}
 	setPositive(&s.timing.Keepalive, cfg.Datagrams.Keepalive)
 	s.streamDPD, s.streamKeepalive = t.cfg.Timing.DPD, t.cfg.Timing.Keepalive
 	setPositive(&s.streamDPD, cfg.Stream.DPD)

@@ -17,7 +17,7 @@ const (
 const (
 	// suspicion is how long packets may leave as datagrams with nothing coming back before it is asked why: far
 	// less than any DPD interval, as there is another way.
-	suspicion = time.Second
+	suspicion = 500 * time.Millisecond
 	// deadAsks is how many requests in a row stay unanswered when datagrams are given up. With a
 	// fifth of the datagrams lost one way and the other, one verdict in 170 is wrong; it costs one round trip by the stream.
 	deadAsks = 5
@@ -147,6 +147,13 @@ func (s *Session) answeredLocked(sent, now int64) {
 	if !w.mirrored && sent >= w.died {
 		s.reviveLocked("datagrams are answered")
 	}
+}
+
+// answeredShortly is told of an answer by datagram that does not say to what: not every far end echoes a request whole.
+func (s *Session) answeredShortly(now int64) {
+	s.peer.mu.Lock()
+	defer s.peer.mu.Unlock()
+	s.answeredLocked(s.watch.lastAsk, now)
 }
 
 // heardDatagrams is called by an inbound pump when packets came by datagram under a.

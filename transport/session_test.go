@@ -229,3 +229,33 @@ func TestLongIntervals(t *testing.T) {
 		}
 	}
 }
+
+// An association that may seal no more is ended by the server, and the client makes another. Nobody else could.
+func TestWornAssociationOfASession(t *testing.T) {
+	noLeaks(t)
+	p := newSessionPair(t, steady, nil)
+	p.onPath(t, PathDatagrams)
+	p.s.peer.slots.Load().current.nextSeq.Store(p.s.timing.RekeyAfterRecords - 1)
+	p.server.dev.outbound <- p.server.packet(p.client.addr, 1, 100)
+	eventually(t, "another association", func() bool { return p.s.Status().Handshakes == 2 && p.c.Status().Handshakes == 2 })
+	p.onPath(t, PathDatagrams)
+	drain(p.server.dev.inbound)
+	ping(t, p.client, p.server)
+	if len(p.srvTold.closed())+len(p.clientTold.closed()) != 0 {
+		t.Errorf("client: %v, server: %v", p.clientTold, p.srvTold)
+	}
+}
+
+// A far end that answers a request without the echo is alive all the same.
+func TestAnswerWithoutAnEcho(t *testing.T) {
+	p := newSessionPair(t, steady, nil)
+	p.onPath(t, PathDatagrams)
+	peer := p.c.peer
+	peer.mu.Lock()
+	p.c.giveUpLocked("the test wants it", p.c.t.clock.now())
+	a := peer.slots.Load().current
+	peer.mu.Unlock()
+	blocked(p.net, func(a netip.AddrPort) bool { return a == p.clientConn.LocalAddr() }) // the real answers
+	p.server.sendFrame(p.s.peer.slots.Load().current, frameDPDReply, nil)
+	eventually(t, "back on datagrams", func() bool { return p.c.Status().Path == PathDatagrams && peer.slots.Load().current == a })
+}

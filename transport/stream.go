@@ -57,7 +57,8 @@ type stream struct {
 
 	partial []byte // the start of a frame whose rest has not come; the inbound pump's
 
-	out streamQueue
+	out     streamQueue
+	checked bool // the records were looked at; the outbound pump's
 
 	asked int64 // clock reading of the last DPD-REQ; guarded by peer.mu
 

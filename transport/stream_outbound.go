@@ -228,12 +228,36 @@ func (st *stream) write(b []byte) error {
 			}
 			n += size
 		}
-		if _, err := st.conn.Write(b[:n]); err != nil {
+		if n > minRecordCheck && !st.checked {
+			if err := st.writeChecking(b[:n]); err != nil {
+				return err
+			}
+		} else if _, err := st.conn.Write(b[:n]); err != nil {
 			return err
 		}
 		b = b[n:]
 	}
 	return nil
+}
+
+// minRecordCheck is the size of frames, in bytes, that crypto/tls cuts in two where it is left to choose the sizes of records: it
+// begins with as much as fits a TCP segment (recordSizeBoostThreshold and tcpMSSEstimate of Go 1.26).
+const minRecordCheck = 1250
+
+// writeChecking is conn.Write for the first frame of some size, and complains if more than one record came of it.
+func (st *stream) writeChecking(b []byte) error {
+	st.checked = true
+	if st.wire == nil {
+		_, err := st.conn.Write(b)
+		return err
+	}
+	before := st.wire.records.Load()
+	_, err := st.conn.Write(b)
+	if n := st.wire.records.Load() - before; n > 1 {
+		st.t.log.Warn("frames are cut into several TLS records, which stock software does not read: set DynamicRecordSizingDisabled",
+			"session", st.s.peer.name, "records", n)
+	}
+	return err
 }
 
 // cork makes what write sends gather, uncork sends what has gathered.

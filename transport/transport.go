@@ -328,8 +328,7 @@ func (t *Transport) socketFor(remote netip.AddrPort) PacketConn {
 }
 
 // reportMTU tells the owner when the smallest inner MTU over all established peers has
-// changed. A server's sessions do not count: one client behind a narrow path must not hold down all others, it has
-// the errors that TooBig makes. It must not be called with a peer's mu held.
+// changed. It must not be called with a peer's mu held.
 func (t *Transport) reportMTU() {
 	if t.cfg.PathMTUChanged == nil {
 		return
@@ -339,8 +338,8 @@ func (t *Transport) reportMTU() {
 	smallest := t.cfg.InnerMTU
 	t.mu.Lock()
 	for _, p := range *t.searchList.Load() {
-		if p.identity.calls() && p.slots.Load().current != nil {
-			smallest = min(smallest, int(p.innerMTU.Load()))
+		if mtu := p.countedMTU(); mtu != 0 {
+			smallest = min(smallest, mtu)
 		}
 	}
 	t.mu.Unlock()
@@ -348,6 +347,20 @@ func (t *Transport) reportMTU() {
 		t.smallest = smallest
 		t.cfg.PathMTUChanged(smallest)
 	}
+}
+
+// countedMTU is what p has to say to reportMTU, 0 for nothing. A server's sessions have nothing to: one client behind a narrow
+// path must not hold down all others, it has the errors that TooBig makes.
+func (p *peer) countedMTU() int {
+	switch session := p.session; {
+	case session != nil && !session.cfg.Client:
+		return 0
+	case p.slots.Load().current != nil:
+		return int(p.innerMTU.Load())
+	case session != nil:
+		return session.mtu
+	}
+	return 0
 }
 
 // remoteTable finds the peer that lives at a remote address. The inbound pumps
