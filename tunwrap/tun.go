@@ -22,7 +22,8 @@ type TUNOptions struct {
 	// 0 means 1. An interface that exists may allow fewer. Linux only.
 	Queues int
 	// FD, if positive, is an open file of a TUN interface to use instead of opening one, as a privileged
-	// program hands it on. OpenTUN takes it, also when it fails. Not on Windows.
+	// program hands it on. OpenTUN takes it, also when it fails. Not on Windows. On Linux it must have been
+	// opened with IFF_NO_PI, which cannot be asked for afterwards (Linux 6.18 says yes to everybody).
 	FD int
 	// NoVnetHdr does without the vnet header, so without any offload.
 	NoVnetHdr bool

@@ -107,11 +107,8 @@ func (t *TUN) attach(o TUNOptions) (fds []int, err error) {
 		if name, flags, err = interfaceOf(o.FD); err != nil {
 			return fds, err
 		}
-		switch {
-		case flags&unix.IFF_TUN == 0:
+		if flags&unix.IFF_TUN == 0 {
 			return fds, fmt.Errorf("%s is not a TUN interface, it carries Ethernet frames", name)
-		case flags&unix.IFF_NO_PI == 0:
-			return fds, fmt.Errorf("%s was opened without IFF_NO_PI", name)
 		}
 		if err = unix.SetNonblock(o.FD, true); err != nil {
 			return fds, os.NewSyscallError("fcntl", err)
