@@ -119,16 +119,29 @@ func (c *Config) newFilter() (*tunwrap.Filter, error) {
 	return tunwrap.NewFilter(o)
 }
 
-// applyACL tells the packet filter whose which addresses are.
+// applyACL tells the packet filter whose which addresses are: peers', members', and what is behind an
+// OpenConnect server. n.mu is held.
 func (n *Node) applyACL(peers []Peer) error {
 	if n.filter == nil {
 		return nil
 	}
-	fs := make([]tunwrap.FilterPeer, len(peers))
-	for i, p := range peers {
-		fs[i] = tunwrap.FilterPeer{ID: p.PublicKey.String(), Prefixes: p.AllowedIPs}
+	fs := make([]tunwrap.FilterPeer, 0, 1+len(n.members)+len(peers))
+	fs = append(fs, tunwrap.FilterPeer{ID: "behind the server", Prefixes: n.behindServer})
+	for m := range n.members {
+		fs = append(fs, tunwrap.FilterPeer{ID: fmt.Sprintf("session %p", m), Prefixes: m.allowed})
+	}
+	for _, p := range peers {
+		fs = append(fs, tunwrap.FilterPeer{ID: p.PublicKey.String(), Prefixes: p.AllowedIPs})
 	}
 	return n.filter.SetPeers(fs)
+}
+
+// followMembers is applyACL after a member has come or gone, whose prefixes are checked elsewhere. n.mu is
+// held.
+func (n *Node) followMembers() {
+	if err := n.applyACL(n.peers); err != nil {
+		n.log.Warn("the packet filter does not know all members", "err", err)
+	}
 }
 
 // ACLStatus is about the packet filter. A superpacket counts as one packet; bytes are those of IP packets.

@@ -287,3 +287,31 @@ func TestACLHostile(t *testing.T) {
 		t.Error("a new connection:", err)
 	}
 }
+
+// TestACLMembers: a member of the VPN by a session has a share of its own, and what it began ends with it.
+func TestACLMembers(t *testing.T) {
+	n := start(t, Config{
+		PrivateKey: newKey(t), Addresses: prefixes("10.66.0.2/24"), Listen: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")},
+		ACL: []ACLRule{{Direction: "in"}}, ACLLimits: ACLLimits{Flows: 10, FlowsPerPeer: 5},
+	})
+	stay, leaver := &member{name: "stays", allowed: prefixes("10.66.0.9/32")}, &member{name: "goes", allowed: prefixes("10.66.0.1/32")}
+	change := func(do func()) { n.mu.Lock(); defer n.mu.Unlock(); do() }
+	change(func() { n.enterLocked(stay); n.enterLocked(leaver) })
+	send := func() { // from 10.66.0.1
+		for port := range uint16(8) {
+			p := udpPacket(netip.AddrPortFrom(netip.MustParseAddr("10.66.0.2"), 100+port), 64, false, []byte("x"))
+			if _, err := n.wrapper.Write([][]byte{p}, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	send()
+	if s := n.Status().ACL; s.Flows != 5 || s.Full.Packets != 3 {
+		t.Errorf("%+v, want the five flows of its share", s)
+	}
+	change(func() { n.leaveLocked(leaver) })
+	if s := n.Status().ACL; s.Flows != 0 {
+		t.Errorf("%d flows are left of a member that has gone", s.Flows)
+	}
+	change(func() { n.leaveLocked(stay) })
+}

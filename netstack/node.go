@@ -327,7 +327,7 @@ func (n *Node) setBehindServer(behind []netip.Prefix, known []netip.Addr) error 
 	for _, a := range known {
 		n.tunnelNAT = append(n.tunnelNAT, tunwrap.NATRule{Peer: behind, Inside: firstOf(n.cfg.Addresses, a.Is4()), Outside: a})
 	}
-	return n.applyNAT(n.peers)
+	return errors.Join(n.applyNAT(n.peers), n.applyACL(n.peers))
 }
 
 // OpenConnect is the state of the tunnel of Config.OpenConnect, nil if there is none.

@@ -64,6 +64,7 @@ func (n *Node) enterLocked(m *member) {
 		m.routed = n.router.enterMember(m.name, m.allowed)
 	}
 	n.members[m] = struct{}{}
+	n.followMembers()
 }
 
 func (n *Node) leaveLocked(m *member) {
@@ -71,6 +72,7 @@ func (n *Node) leaveLocked(m *member) {
 		return
 	}
 	delete(n.members, m)
+	n.followMembers()
 	t := n.allowed.Load()
 	for _, p := range m.allowed {
 		t = t.DeletePersist(p.Masked())
