@@ -36,8 +36,13 @@ type OpenConnect struct {
 	// AllowedIPs, where set, replace what the server says lies behind it.
 	AllowedIPs []netip.Prefix
 	// KeepSession leaves the session to the server when the node closes, so that the cookie can be
-	// used again. Without, closing says goodbye, which ends it.
+	// used again. Without, closing says goodbye, which ends it. It is looked at by Close, and may be changed
+	// until then.
 	KeepSession bool
+
+	// Prepare is called once, before the node is made, with what the server has given and the Config that New
+	// makes of it, which it may change: set TUN, say. An error of it ends New. nil: nothing is to be prepared.
+	Prepare func(network OpenConnectNetwork, c *Config) error
 
 	// Changed is called after every change of the tunnel's state, one call at a time. It must not call
 	// [Node.Close]. nil: nobody is told.
@@ -56,6 +61,17 @@ const (
 	OpenConnectEnded      OpenConnectState = "ended"      // for good: the server wants it, or the cookie is spent
 )
 
+// OpenConnectNetwork is what a server has given its client.
+type OpenConnectNetwork struct {
+	// Addresses are the client's. Bits are those of the network that the address is part of.
+	Addresses []netip.Prefix
+	// Routes are the networks behind the server, with those of the addresses and the name servers; Exclude are
+	// parts of them that are not behind it.
+	Routes, Exclude []netip.Prefix
+	DNS             DNS
+	MTU             int // of packets inside, in bytes
+}
+
 // OpenConnectStatus is a snapshot of the tunnel to an OpenConnect server.
 type OpenConnectStatus struct {
 	Server string           `json:"server"` // as signed in to, HOST:PORT
@@ -68,6 +84,8 @@ type OpenConnectStatus struct {
 	LastError  string    `json:"last_error,omitempty"`
 	Connected  time.Time `json:"connected"` // the connection in use
 	Reconnects uint64    `json:"reconnects"`
+	// AllowedIPs are the addresses behind the server.
+	AllowedIPs []netip.Prefix `json:"allowed_ips"`
 	// Settings are what the server has pushed.
 	Settings *openconnect.Settings `json:"-"`
 	// Err is LastError when the tunnel has ended.
@@ -145,38 +163,70 @@ func searchDomains(s string) []string {
 	return d[:min(len(d), maxSearch)]
 }
 
-// allowedIPs are the addresses behind the server: o's own word if there is one; else what the
-// server includes, everything if it names nothing, without what it excludes, and in any
+// network is what the server has given, with o's own word on what is behind it if there is one. Else that
+// is what the server includes, everything if it names nothing, without what it excludes, and in any
 // case its DNS servers and the networks that the addresses are part of, to which stock clients
 // make routes too.
-func (o *OpenConnect) allowedIPs(s *openconnect.Settings) ([]netip.Prefix, error) {
+func (o *OpenConnect) network(s *openconnect.Settings, d DNS) OpenConnectNetwork {
+	n := OpenConnectNetwork{Addresses: slices.Clone(s.Addresses), DNS: d, MTU: s.MTU}
 	if len(o.AllowedIPs) > 0 {
-		return slices.Clone(o.AllowedIPs), nil
+		n.Routes = slices.Clone(o.AllowedIPs)
+		return n
 	}
 	var v4, v6 bool
 	for _, a := range s.Addresses {
 		v4, v6 = v4 || a.Addr().Is4(), v6 || a.Addr().Is6()
 	}
-	spoken := func(a netip.Addr) bool { return a.Is4() && v4 || a.Is6() && v6 }
-	var b netipx.IPSetBuilder
-	include := s.Include
-	if len(include) == 0 {
-		include = []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
+	other := func(a netip.Addr) bool { return a.Is4() && !v4 || a.Is6() && !v6 }
+	n.Routes = slices.Clone(s.Include)
+	if len(n.Routes) == 0 {
+		n.Routes = []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
 	}
-	for _, p := range include {
-		if spoken(p.Addr()) {
-			b.AddPrefix(p)
+	n.Exclude = slices.Clone(s.Exclude)
+	for _, list := range []*[]netip.Prefix{&n.Routes, &n.Exclude} {
+		*list = slices.DeleteFunc(*list, func(p netip.Prefix) bool { return other(p.Addr()) })
+		for i, p := range *list {
+			(*list)[i] = p.Masked()
 		}
 	}
-	for _, p := range s.Exclude {
-		b.RemovePrefix(p)
-	}
+	// What is both included and excluded is not behind the server; what is needed to reach it at all is.
+	n.Routes = slices.DeleteFunc(n.Routes, func(p netip.Prefix) bool { return slices.Contains(n.Exclude, p) })
+	var needed []netip.Prefix
 	for _, a := range s.Addresses {
-		b.AddPrefix(a.Masked())
+		needed = append(needed, a.Masked())
 	}
 	for _, a := range s.DNS {
-		if spoken(a) {
-			b.Add(a)
+		if !other(a) {
+			needed = append(needed, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	n.Exclude = slices.DeleteFunc(n.Exclude, func(p netip.Prefix) bool { return slices.Contains(needed, p) })
+	for _, p := range needed {
+		if !slices.Contains(n.Routes, p) {
+			n.Routes = append(n.Routes, p)
+		}
+	}
+	return n
+}
+
+// allowedIPs are the addresses behind the server.
+func (o *OpenConnect) allowedIPs(s *openconnect.Settings) ([]netip.Prefix, error) {
+	n := o.network(s, DNS{})
+	// A prefix is behind the server if the longest one that has it is a route and no exclusion.
+	all := make([]routeOrNot, 0, len(n.Routes)+len(n.Exclude))
+	for _, p := range n.Routes {
+		all = append(all, routeOrNot{p, true})
+	}
+	for _, p := range n.Exclude {
+		all = append(all, routeOrNot{p, false})
+	}
+	slices.SortStableFunc(all, func(a, b routeOrNot) int { return a.prefix.Bits() - b.prefix.Bits() })
+	var b netipx.IPSetBuilder
+	for _, r := range all {
+		if r.behind {
+			b.AddPrefix(r.prefix)
+		} else {
+			b.RemovePrefix(r.prefix)
 		}
 	}
 	set, err := b.IPSet()
@@ -184,6 +234,11 @@ func (o *OpenConnect) allowedIPs(s *openconnect.Settings) ([]netip.Prefix, error
 		return nil, err
 	}
 	return set.Prefixes(), nil
+}
+
+type routeOrNot struct {
+	prefix netip.Prefix
+	behind bool
 }
 
 // timeout is that of one attempt.

@@ -83,6 +83,12 @@ func connectOpenConnect(c *Config) (*openconnectTunnel, *openconnect.Tunnel, err
 		return nil, nil, fmt.Errorf("netstack: connect to %s: %w", o.login.Host, err)
 	}
 	c.applySettings(t.Settings)
+	if prepare := o.cfg.Prepare; prepare != nil {
+		if err := prepare(o.cfg.network(t.Settings, c.DNS), c); err != nil {
+			o.giveUp(t)
+			return nil, nil, err
+		}
+	}
 	return o, t, nil
 }
 
@@ -363,7 +369,7 @@ func (o *openconnectTunnel) adopt(t *openconnect.Tunnel) error {
 			s.Reconnects = 0
 		}
 		s.State, s.Connected, s.Settings, s.Server = OpenConnectUp, time.Now(), t.Settings, o.login.Host
-		s.Remote = t.Remote.String()
+		s.Remote, s.AllowedIPs = t.Remote.String(), allowed
 	})
 	return nil
 }
@@ -410,7 +416,6 @@ func (o *openconnectTunnel) streamLost(reason error) {
 
 // pathChanged is told by the session.
 func (o *openconnectTunnel) pathChanged(path transport.SessionPath, why string) {
-	o.log.Info("openconnect: packets go by "+string(path), "reason", why)
 	o.change(func(s *OpenConnectStatus) { s.Path, s.Why = string(path), why })
 }
 
