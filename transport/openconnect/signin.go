@@ -97,6 +97,15 @@ func hostPortOf(u *url.URL) string {
 	return net.JoinHostPort(u.Hostname(), port)
 }
 
+// HostPort is where a server is, HOST:PORT, as a [Login] says it: of https://HOST[:PORT][/GROUP], or just the host.
+func HostPort(server string) (string, error) {
+	u, err := parseServer(server)
+	if err != nil {
+		return "", err
+	}
+	return hostPortOf(u), nil
+}
+
 // signIn is one under way.
 type signIn struct {
 	o       *Options
