@@ -103,7 +103,7 @@ func newRoot() *cobra.Command {
 		SilenceUsage:  true,
 	}
 	root.AddCommand(newGenkey(), newPubkey(), newCheck(), newUp(), newStatus(), newNc(), newPing(), newSpeed(), newDemo(), newVersion(),
-		newServe(), newUser(), newSessions(), newKick())
+		newConnect(), newServe(), newUser(), newSessions(), newKick())
 	return root
 }
 

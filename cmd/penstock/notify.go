@@ -84,6 +84,9 @@ func (m *serviceManager) send(state string) bool {
 
 // statusLine is what systemctl status shows.
 func statusLine(s netstack.Status) string {
+	if o := s.OpenConnect; o != nil {
+		return fmt.Sprintf("%s: %s, packets by %s", o.Server, o.State, o.Path)
+	}
 	up := 0
 	for _, p := range s.Tunnel.Peers {
 		if p.State == netstack.PeerEstablished {

@@ -69,6 +69,7 @@ func statusText(r *control.Report, now time.Time) string {
 	p.line("running", "for %s, process %d, version %s", span(now.Sub(n.Started)), r.PID, r.Version)
 	p.line("address", "%s", joined(n.Addresses))
 	p.line("mtu", "%d bytes", n.MTU)
+	p.openconnect(r, now)
 	p.server(r, now)
 	p.peers(r, now)
 	p.sockets(r)
@@ -79,6 +80,21 @@ func statusText(r *control.Report, now time.Time) string {
 	p.acl(r)
 	p.drops(r)
 	return p.b.String()
+}
+
+func (p *page) openconnect(r *control.Report, now time.Time) {
+	s := r.Node.OpenConnect
+	if s == nil {
+		return
+	}
+	p.heading("tunnel to %s: %s", s.Server, s.State)
+	p.line("remote", "%s", s.Remote)
+	p.line("packets by", "%s (%s)", s.Path, s.Why)
+	p.line("behind it", "%s", joined(s.AllowedIPs))
+	p.line("connected", "%s ago, %d times again", span(now.Sub(s.Connected)), s.Reconnects)
+	if s.LastError != "" {
+		p.line("last error", "%s", s.LastError)
+	}
 }
 
 func (p *page) server(r *control.Report, now time.Time) {
@@ -99,7 +115,7 @@ func (p *page) server(r *control.Report, now time.Time) {
 }
 
 func (p *page) peers(r *control.Report, now time.Time) {
-	if len(r.Node.Tunnel.Peers) == 0 {
+	if len(r.Node.Tunnel.Peers) == 0 && r.Node.OpenConnect == nil && r.Server == nil {
 		p.heading("no peers")
 	}
 	for _, peer := range r.Node.Tunnel.Peers {

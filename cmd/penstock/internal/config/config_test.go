@@ -336,3 +336,21 @@ func TestLoad(t *testing.T) {
 		t.Error("a folder was read as a file")
 	}
 }
+
+func TestParseForward(t *testing.T) {
+	for text, want := range map[string]Port{
+		"tcp 127.0.0.1:8080=10.66.0.2:80":    {"tcp", "127.0.0.1:8080", "10.66.0.2:80"},
+		"127.0.0.1:8080=wiki.corp:80":        {"tcp", "127.0.0.1:8080", "wiki.corp:80"},
+		"udp6 [::1]:53 = [fd66::2]:53":       {"udp6", "[::1]:53", "[fd66::2]:53"},
+		" udp 127.0.0.1:0 = ns.example:53  ": {"udp", "127.0.0.1:0", "ns.example:53"},
+	} {
+		if got, err := ParseForward(text); err != nil || got != want {
+			t.Errorf("%q: %v, %v", text, got, err)
+		}
+	}
+	for _, text := range []string{"", "tcp", "8080=x:80", "icmp 127.0.0.1:1=x:2", "tcp 127.0.0.1:8080=", "tcp 127.0.0.1:8080=x", "tcp4 [::1]:1=x:2"} {
+		if p, err := ParseForward(text); err == nil {
+			t.Errorf("%q is %v", text, p)
+		}
+	}
+}

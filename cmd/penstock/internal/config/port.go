@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -49,6 +50,26 @@ func (r *reader) port(at string, raw *rawPort) (p Port) {
 		r.wrong(at+".to", "is missing", wantTo)
 	}
 	return p
+}
+
+// ParseForward reads LISTEN=TO, what a [[forward]] table says in two keys: "tcp 127.0.0.1:8080=10.66.0.2:80". Without a
+// network it is tcp.
+func ParseForward(text string) (Port, error) {
+	listen, to, ok := strings.Cut(text, "=")
+	if !ok {
+		return Port{}, fmt.Errorf("%s has no =; expected LISTEN=TO, such as %q", quoted(text), "tcp 127.0.0.1:8080=10.66.0.2:80")
+	}
+	listen, to = strings.TrimSpace(listen), strings.TrimSpace(to)
+	if !strings.Contains(listen, " ") {
+		listen = "tcp " + listen
+	}
+	r := &reader{index: &index{}}
+	p := r.port("forward", &rawPort{Listen: listen, To: to})
+	if len(r.mistakes) > 0 {
+		m := r.mistakes[0]
+		return p, fmt.Errorf("%s: %s; expected %s", quoted(text), m.Problem, m.Want)
+	}
+	return p, nil
 }
 
 // checkListen says why p cannot be listened on; its form is right already.
