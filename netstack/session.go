@@ -28,7 +28,9 @@ func (n *Node) AddSession(cfg transport.SessionConfig) (*transport.Session, erro
 	defer n.mu.Unlock()
 	defer close(entered)
 	if n.isClosed() {
-		cfg.Link.Stream.Close()
+		if cfg.Link.Stream != nil {
+			cfg.Link.Stream.Close()
+		}
 		return nil, net.ErrClosed
 	}
 	// First, so that no packet of its comes before the router knows it.

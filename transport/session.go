@@ -46,6 +46,9 @@ type SessionLink struct {
 	// Stream is the TLS connection that carried CONNECT, past its answer: frames follow. It
 	// should lie on a [StreamConn] and have DynamicRecordSizingDisabled in its tls.Config, or stock
 	// software finds its frames cut in two. The Session takes it.
+	//
+	// A server may call AddSession or Renew without it, before it answers the CONNECT, and Renew with it afterwards: the client's hello may be
+	// quicker than the answer's writer.
 	Stream net.Conn
 	// Buffered are bytes of the stream that were read with the answer, or before it.
 	Buffered []byte
@@ -158,7 +161,7 @@ var _ identity = (*Session)(nil)
 func (t *Transport) AddSession(cfg SessionConfig) (*Session, error) {
 	s, err := t.addSession(cfg)
 	if err != nil {
-		cfg.Link.Stream.Close()
+		cfg.Link.close()
 		return nil, fmt.Errorf("session %s: %w", cfg.Name, err)
 	}
 	return s, nil
@@ -196,7 +199,9 @@ func (t *Transport) addSession(cfg SessionConfig) (*Session, error) {
 	p := s.peer
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s.connectLocked(&cfg.Link, "the session begins")
+	if cfg.Link.Stream != nil {
+		s.connectLocked(&cfg.Link, "the session begins")
+	}
 	p.startLocked()
 	return s, nil
 }
@@ -238,12 +243,18 @@ func setPositive(v *time.Duration, d time.Duration) {
 	}
 }
 
+func (l *SessionLink) close() {
+	if l.Stream != nil {
+		l.Stream.Close()
+	}
+}
+
 // secret checks the link and returns its secret, nil for one without datagrams.
 func (l *SessionLink) secret() (*sharedSecret, error) {
-	if l.Stream == nil {
-		return nil, errors.New("no stream")
-	}
 	if l.NoDatagrams != "" {
+		if l.Stream == nil {
+			return nil, errors.New("neither stream nor datagrams")
+		}
 		return nil, nil
 	}
 	if len(l.AppID) == 0 || len(l.AppID) > maxAppID {
@@ -260,7 +271,7 @@ func (l *SessionLink) secret() (*sharedSecret, error) {
 // go on with what was under way, until the far end has changed over too. It takes l.Stream, also when it fails.
 func (s *Session) Renew(l SessionLink) error {
 	if err := s.renew(l); err != nil {
-		l.Stream.Close()
+		l.close()
 		return fmt.Errorf("session %s: %w", s.cfg.Name, err)
 	}
 	return nil
@@ -293,6 +304,9 @@ func (s *Session) renew(l SessionLink) error {
 	defer p.mu.Unlock()
 	s.secret.Store(secret)
 	s.noDatagrams = l.NoDatagrams
+	if l.Stream == nil {
+		return nil // the rest is for when it is there
+	}
 	s.redial = secret != nil
 	if s.again = p.dialling; s.again && p.hangUp != nil {
 		p.hangUp()
