@@ -44,7 +44,7 @@ type Tunnel struct {
 // alone. Split includes become routes; without any the server's networks are on link.
 const script = `#!/bin/sh
 dir=$(dirname "$0")
-env >"$dir/env.new" && mv "$dir/env.new" "$dir/env.$reason"
+env >"$dir/env.new"
 case $reason in
 connect)
 	ip link set "$TUNDEV" up mtu "$INTERNAL_IP4_MTU"
@@ -62,6 +62,7 @@ connect)
 	done
 	;;
 esac
+mv "$dir/env.new" "$dir/env.$reason" # now it is done
 `
 
 // StartClient starts openconnect and returns at once.
@@ -104,7 +105,7 @@ func StartClient(t testing.TB, o ClientOptions) *Client {
 func (c *Client) Connected(patience time.Duration) Tunnel {
 	c.t.Helper()
 	how := c.Await(patience, `Configured as .*, with SSL connected and DTLS (\w+)`)
-	tunnel := Tunnel{Env: map[string]string{}, DTLS: how[1] == "connected"}
+	tunnel := Tunnel{Env: map[string]string{}, DTLS: how[1] == "connected" || how[1] == "established"}
 	end := time.Now().Add(patience)
 	var env []byte
 	for {
