@@ -28,10 +28,9 @@ type keyPair struct {
 	cert, key string
 	log       *slog.Logger
 
-	mu      sync.Mutex
-	checked time.Time
-	states  [2]fileState
-	loaded  *tls.Certificate
+	mu     sync.Mutex
+	states [2]fileState // when it was read
+	loaded *tls.Certificate
 }
 
 func openKeyPair(cert, key string, log *slog.Logger) (*keyPair, error) {
@@ -55,7 +54,7 @@ func (k *keyPair) load() error {
 	if err != nil {
 		return err
 	}
-	k.loaded, k.checked = &c, time.Now()
+	k.loaded = &c
 	return nil
 }
 
@@ -64,10 +63,6 @@ func (k *keyPair) load() error {
 func (k *keyPair) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if time.Since(k.checked) < fileAge {
-		return k.loaded, nil
-	}
-	k.checked = time.Now()
 	c, err1 := stateOf(k.cert)
 	key, err2 := stateOf(k.key)
 	if err := errors.Join(err1, err2); err != nil {

@@ -152,8 +152,8 @@ func (c *Config) checkProfiles(bad func(key, value, want string)) {
 	for i := range c.Groups {
 		g := &c.Groups[i]
 		key := fmt.Sprintf("Groups[%d].", i)
-		if problem := CheckName(g.Name); problem != "" || names[g.Name] || strings.Contains(g.Name, ",") {
-			bad(key+"Name", g.Name, "a name of its own, without colons, commas and spaces")
+		if problem := CheckName(g.Name); problem != "" || names[g.Name] || strings.Contains(g.Name, ",") || g.Name == DefaultGroup {
+			bad(key+"Name", g.Name, "a name of its own, without colons, commas and spaces, and not "+DefaultGroup)
 		}
 		names[g.Name] = true
 		check(key, &g.Profile)

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -324,8 +325,25 @@ func (t *sessionTable) afterConflict(ctx context.Context, s *session, addresses 
 	return nil
 }
 
-// learnLeases notes what others have, or sessions from before a restart, so that they are not tried in vain.
-func (t *sessionTable) learnLeases(ctx context.Context) error {
+// recover makes sense of what is in the store at the start. The sessions in a store of our own have no client now, whatever it
+// says: we were killed. The addresses of these, and of other servers, are not to be tried in vain.
+func (t *sessionTable) recover(ctx context.Context) error {
+	if _, ours := t.s.cfg.Store.(*boltStore); ours {
+		found, err := t.s.cfg.Store.List(ctx, sessionKey)
+		if err != nil {
+			return fmt.Errorf("gateway: store: %w", err)
+		}
+		for key, raw := range found {
+			var r record
+			if json.Unmarshal(raw, &r) != nil || !r.Connected {
+				continue
+			}
+			r.Connected = false
+			if err := t.s.cfg.Store.Update(ctx, Change{Key: key, Old: raw, New: r.marshal(), TTL: r.ttl()}); err != nil {
+				return fmt.Errorf("gateway: store: %w", err)
+			}
+		}
+	}
 	leases, err := t.s.cfg.Store.List(ctx, leaseKey)
 	if err != nil {
 		return fmt.Errorf("gateway: store: %w", err)

@@ -4,6 +4,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/penstock-vpn/penstock/transport/openconnect"
 )
 
 // A Profile is what clients get and are told. In a [Group] what is zero is as in [Config.Profile].
@@ -109,6 +111,21 @@ func newGroups(common Profile, list []Group) *groups {
 	return g
 }
 
+// DefaultGroup is what the form calls not to choose: the first of the user's groups, or none. No group can
+// have that name.
+const DefaultGroup = "default"
+
+// offered are the choices of the form; none when there are no groups.
+func (g *groups) offered() (list []openconnect.Group) {
+	for i := range g.list {
+		if i == 0 {
+			list = append(list, openconnect.Group{Name: DefaultGroup, Label: "Default"})
+		}
+		list = append(list, openconnect.Group{Name: g.list[i].Name, Label: g.list[i].Label})
+	}
+	return list
+}
+
 func (g *groups) find(name string) *Group {
 	for i := range g.list {
 		if g.list[i].Name == name {
@@ -132,7 +149,7 @@ func (g *groups) profile(name string) (Profile, bool) {
 // choose is the group in which user gets in, who has asked for one, or not. ok is false when it is
 // not for him.
 func (g *groups) choose(user *User, asked string) (name string, ok bool) {
-	if asked != "" {
+	if asked != "" && asked != DefaultGroup {
 		group := g.find(asked)
 		if group == nil || !group.Open && !slices.Contains(user.Groups, asked) {
 			return "", false
@@ -144,5 +161,5 @@ func (g *groups) choose(user *User, asked string) (name string, ok bool) {
 			return name, true
 		}
 	}
-	return "", true
+	return "", len(g.common.Pool) > 0
 }

@@ -79,7 +79,7 @@ func (s *Server) start(cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("gateway: store: %w", err)
 	}
-	if err := s.sessions.learnLeases(ctx); err != nil {
+	if err := s.sessions.recover(ctx); err != nil {
 		return err
 	}
 	if err := s.listen(); err != nil {

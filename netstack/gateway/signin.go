@@ -94,10 +94,7 @@ func (a signIn) form(state signInState, sorry string) openconnect.Decision {
 		ask.Message, ask.Factor = "Please enter the code of your authenticator.", codeLabel
 	} else {
 		ask.Username, ask.Password = state.User == "", true
-		for i := range a.s.groups.list {
-			g := &a.s.groups.list[i]
-			ask.Groups = append(ask.Groups, openconnect.Group{Name: g.Name, Label: g.Label})
-		}
+		ask.Groups = a.s.groups.offered()
 	}
 	var err error
 	if ask.State, err = json.Marshal(state); err != nil {

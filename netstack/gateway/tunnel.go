@@ -19,6 +19,7 @@ type tunnel struct {
 	s         *session
 	handle    *transport.Session
 	addresses []netip.Addr
+	mtu       int
 
 	// Guarded by s.mu.
 	stream bool // there is a TLS connection
@@ -46,12 +47,21 @@ func (s *session) connect(a *openconnect.Attempt, profile *Profile) (*openconnec
 		link.PSK = a.PSK
 		settings.DTLSPort = srv.portOf(a.Client)
 		settings.AppID, settings.CipherSuite = link.AppID, openconnect.PSKNegotiate
+		// The client's first datagram may be here before its answer has left us.
+		if err := s.carry(link, mtu, profile, a); err != nil {
+			return nil, err
+		}
 	}
 	return &openconnect.Admission{
 		Settings: settings,
 		Start: func(h *openconnect.Handover) {
 			link.Stream, link.Buffered = h.Conn, h.Buffered
-			s.start(link, mtu, profile, a)
+			s.connecting.Lock()
+			defer s.connecting.Unlock()
+			if err := s.carry(link, mtu, profile, a); err != nil {
+				srv.log.Error("tunnel not made", "session", s.public, "error", err)
+				s.lost() // the client comes again
+			}
 		},
 		Abort: func(err error) {
 			srv.log.Info("connection lost before the tunnel was up", "session", s.public, "error", err)
@@ -119,39 +129,30 @@ func (s *session) settings(profile *Profile, a *openconnect.Attempt) openconnect
 	return set
 }
 
-// start takes the connection of a tunnel whose client was told its settings.
-func (s *session) start(link transport.SessionLink, mtu int, profile *Profile, a *openconnect.Attempt) {
-	s.connecting.Lock()
-	defer s.connecting.Unlock()
+// carry gives the session's tunnel a link, or makes a tunnel of it. It takes link.Stream. connecting is held.
+func (s *session) carry(link transport.SessionLink, mtu int, profile *Profile, a *openconnect.Attempt) error {
 	srv := s.table.s
 	s.mu.Lock()
-	old, ended, rec := s.tunnel, s.ended, s.rec
+	t, ended, rec := s.tunnel, s.ended, s.rec
 	s.mu.Unlock()
 	if ended {
-		link.Stream.Close()
-		return
+		closeStream(link)
+		return errEnded
 	}
-	noDatagrams := link.NoDatagrams
-	if old != nil && slices.Equal(old.addresses, rec.Address) {
-		err := old.handle.Renew(link)
-		if err == nil {
-			s.isUp(old, a, noDatagrams)
-			return
+	if t != nil && slices.Equal(t.addresses, rec.Address) && t.mtu == mtu {
+		if err := t.handle.Renew(link); err != nil {
+			return err
 		}
-		srv.log.Debug("tunnel not renewed, but made anew", "session", s.public, "error", err)
-		link.Stream = nil // taken
+		s.isUp(t, link, a)
+		return nil
 	}
-	if link.Stream == nil {
-		s.lost() // the client comes again
-		return
-	}
-	if old != nil {
+	if t != nil {
 		s.mu.Lock()
 		s.tunnel = nil // its end is not that of the session
 		s.mu.Unlock()
-		old.handle.Close(errReplaced)
+		t.handle.Close(errReplaced)
 	}
-	t := &tunnel{s: s, addresses: rec.Address}
+	t = &tunnel{s: s, addresses: rec.Address, mtu: mtu}
 	intervals := transport.Intervals{DPD: profile.DPD, Keepalive: profile.Keepalive}
 	cfg := transport.SessionConfig{
 		Name: rec.User + "/" + s.public, Link: link, MTU: mtu, Datagrams: intervals, Stream: intervals,
@@ -161,17 +162,21 @@ func (s *session) start(link transport.SessionLink, mtu int, profile *Profile, a
 		cfg.AllowedIPs = append(cfg.AllowedIPs, netip.PrefixFrom(addr, addr.BitLen()))
 	}
 	ready := make(chan struct{}) // closed when t is the session's
+	defer close(ready)
 	cfg.Events.Closed = func(reason error) { <-ready; t.closed(reason) }
 	cfg.Events.StreamLost = func(reason error) { <-ready; t.streamLost(reason) }
-	handle, err := srv.node.AddSession(cfg)
-	if err != nil {
-		srv.log.Error("tunnel not made", "session", s.public, "user", rec.User, "error", err)
-		s.lost()
-		return
+	var err error
+	if t.handle, err = srv.node.AddSession(cfg); err != nil {
+		return err
 	}
-	t.handle = handle
-	s.isUp(t, a, noDatagrams)
-	close(ready)
+	s.isUp(t, link, a)
+	return nil
+}
+
+func closeStream(link transport.SessionLink) {
+	if link.Stream != nil {
+		link.Stream.Close()
+	}
 }
 
 var errReplaced = errors.New("replaced by a tunnel with other addresses")
@@ -179,8 +184,8 @@ var errReplaced = errors.New("replaced by a tunnel with other addresses")
 // packs tells whether a client reads several frames out of one TLS record: ours does.
 func packs(agent string) bool { return strings.Contains(agent, "Penstock") }
 
-// isUp makes t the session's tunnel.
-func (s *session) isUp(t *tunnel, a *openconnect.Attempt, noDatagrams string) {
+// isUp makes t, which has link, the session's tunnel.
+func (s *session) isUp(t *tunnel, link transport.SessionLink, a *openconnect.Attempt) {
 	now := time.Now()
 	s.mu.Lock()
 	if s.ended {
@@ -189,16 +194,21 @@ func (s *session) isUp(t *tunnel, a *openconnect.Attempt, noDatagrams string) {
 		return
 	}
 	s.tunnel = t
+	if link.Stream == nil { // that comes later
+		s.left = now
+		s.mu.Unlock()
+		return
+	}
 	t.stream = true
 	s.active, s.asked = now, now
 	rec := s.rec
 	s.mu.Unlock()
-	log := s.table.s.log.With("session", s.public, "user", rec.User)
 	dtls := "offered"
-	if noDatagrams != "" {
-		dtls = noDatagrams
+	if link.NoDatagrams != "" {
+		dtls = link.NoDatagrams
 	}
-	log.Info("connected", "remote", a.Client.Remote, "addresses", joinAddrs(rec.Address), "dtls", dtls, "agent", a.Client.UserAgent)
+	s.table.s.log.Info("connected", "session", s.public, "user", rec.User, "remote", a.Client.Remote,
+		"addresses", joinAddrs(rec.Address), "dtls", dtls, "agent", a.Client.UserAgent)
 }
 
 var errEnded = errors.New("the session has ended")

@@ -72,7 +72,7 @@ func (s *session) look(ctx context.Context, now time.Time) {
 	}
 }
 
-// presence tells whether the client is there; left is since when it is not.
+// presence tells whether the client is there; left is when it was last heard if it is not.
 func (s *session) presence(now time.Time, profile *Profile) (online bool, left time.Time) {
 	s.mu.Lock()
 	t, left := s.tunnel, s.left
@@ -84,11 +84,11 @@ func (s *session) presence(now time.Time, profile *Profile) (online bool, left t
 	if stream {
 		return true, time.Time{}
 	}
-	// Datagrams may go on without the TLS connection.
+	// Datagrams may go on without the TLS connection. The client is asked after DPD at the latest.
 	if heard := t.handle.Status().LastInbound; heard.After(left) {
 		left = heard
 	}
-	return now.Sub(left) < 3*profile.DPD, left
+	return now.Sub(left) < 2*profile.DPD+time.Second, left
 }
 
 // idle is for how long no packet has come or gone. DPD and keepalive are none.

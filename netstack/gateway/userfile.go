@@ -24,12 +24,11 @@ type UserFile struct {
 	log  *slog.Logger
 	gate *passwordGate
 
-	mu      sync.Mutex
-	checked time.Time // when the file was looked at
-	state   fileState
-	set     *UserSet
-	decoys  decoys
-	decoy   string // of the cost that most users have
+	mu     sync.Mutex
+	state  fileState // when it was read
+	set    *UserSet
+	decoys decoys
+	decoy  string // of the cost that most users have
 }
 
 var (
@@ -56,9 +55,6 @@ func stateOf(path string) (fileState, error) {
 	return fileState{st.ModTime(), st.Size(), st}, nil
 }
 
-// fileAge is how long a change of a file may go unnoticed.
-const fileAge = time.Second
-
 // OpenUserFile reads the file, and fails if it has a mistake. Later mistakes are logged, and the users are as
 // before.
 func OpenUserFile(path string, log *slog.Logger) (*UserFile, error) {
@@ -80,7 +76,7 @@ func OpenUserFile(path string, log *slog.Logger) (*UserFile, error) {
 
 // take makes set the users. mu is held, or f is new.
 func (f *UserFile) take(set *UserSet, state fileState) {
-	f.set, f.state, f.checked = set, state, time.Now()
+	f.set, f.state = set, state
 	f.decoy = f.decoys.of(set.usualCost())
 }
 
@@ -88,10 +84,6 @@ func (f *UserFile) take(set *UserSet, state fileState) {
 func (f *UserFile) current() (*UserSet, string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if time.Since(f.checked) < fileAge {
-		return f.set, f.decoy
-	}
-	f.checked = time.Now()
 	state, err := stateOf(f.path)
 	if err != nil {
 		f.log.Error("users are as before", "error", err)
