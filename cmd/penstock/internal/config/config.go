@@ -25,7 +25,6 @@ type Config struct {
 	ACL       []netstack.ACLRule     // empty: everything passes
 	ACLLimits netstack.ACLLimits
 	Proxy     Proxy
-	TUN       *TUN // nil: the node has no interface of the kernel
 	Offload   Offload
 	TCP       netstack.TCPOptions
 	Timing    netstack.Timing

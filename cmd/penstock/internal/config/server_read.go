@@ -237,11 +237,11 @@ func (r *reader) prefixes(path string, v any, want string) (list []netip.Prefix)
 }
 
 func (r *reader) group(at string, raw *rawGroup) (g gateway.Group) {
-	const wantName = "a name without spaces, colons and commas"
+	const wantName = "a name without spaces, colons and commas, and not \"default\""
 	var ok bool
 	if g.Name, ok = r.text(at+".name", raw.Name, wantName); !ok && raw.Name == nil {
 		r.wrong(at+".name", "is missing", wantName)
-	} else if problem := gateway.CheckName(g.Name); ok && (problem != "" || strings.Contains(g.Name, ",")) {
+	} else if problem := gateway.CheckName(g.Name); ok && (problem != "" || strings.Contains(g.Name, ",") || g.Name == gateway.DefaultGroup) {
 		r.wrong(at+".name", quoted(g.Name)+" cannot be a group's name", wantName)
 	}
 	g.Label, _ = r.text(at+".label", raw.Label, "what users see")
