@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
+	"sync"
 	"testing"
 	"time"
 	"unsafe"
@@ -509,6 +511,49 @@ func TestTUNFragments(t *testing.T) {
 	}
 	if d := dev.Drops(); d[DropTooBig] != 200-maxPending/3 {
 		t.Errorf("drops %v", d)
+	}
+}
+
+// Close ends everything that goes on, and nothing else does.
+func TestTUNCloseInUse(t *testing.T) {
+	leavesNothing(t)
+	for range 5 {
+		dev, kernel := pipeTUN(t, TUNOptions{})
+		s := spec{flags: ack, payload: payload(20000)}
+		in, message := s.plainSegments(1360), append(vnetBytes(s.gso(1360)), s.partial()...)
+		big := spec{udp: true, payload: payload(3000)}
+		var wg sync.WaitGroup
+		repeat := func(what string, f func() error) {
+			wg.Go(func() {
+				for {
+					if err := f(); errors.Is(err, os.ErrClosed) {
+						return
+					} else if err != nil {
+						t.Errorf("%s: %v", what, err)
+						return
+					}
+				}
+			})
+		}
+		bufs, sizes := buffers(dev.BatchSize(), 1500)
+		repeat("read", func() error { _, err := dev.Read(bufs, sizes, headroom); return err })
+		for range 3 {
+			repeat("write", func() error { _, err := dev.Write(withRoom(in), headroom); return err })
+		}
+		repeat("kernel", func() error {
+			buf := make([]byte, 70000)
+			unix.Read(kernel, buf)
+			if _, err := unix.Write(kernel, message); errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+				return os.ErrClosed
+			}
+			dev.TooBig(big.full(), 1300)
+			return nil
+		})
+		time.Sleep(10 * time.Millisecond)
+		if err := dev.Close(); err != nil {
+			t.Error(err)
+		}
+		wg.Wait()
 	}
 }
 
