@@ -6,13 +6,15 @@ BENCH ?= .
 COUNT ?= 1
 # Seconds of fuzzing, shared by all targets.
 FUZZTIME ?= 60
+# Seconds of fuzzing for each parser of what OpenConnect's strangers send; empty: their share.
+PARSERTIME ?=
 # Where the demo's file gets its size.
 SIZE ?= 512MiB
 
 ifeq ($(CI),true)
 export PENSTOCK_REQUIRE_TOOLS ?= 1
 endif
-export FUZZTIME
+export FUZZTIME PARSERTIME
 
 .DEFAULT_GOAL := help
 
@@ -80,4 +82,5 @@ long: ## the tests that are shortened in the ordinary run, at full length
 	PENSTOCK_LONG=1 $(GO) test -count 1 -run 'ShortFlows' ./netstack
 
 .PHONY: check
+check: PARSERTIME := 60
 check: lint test long race fuzz cross ## everything: lint, tests, race, fuzzing, other systems
