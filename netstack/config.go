@@ -33,6 +33,10 @@ type Config struct {
 	MTU int
 
 	Peers []Peer
+	// ResolveEndpoint turns a peer's Endpoint into addresses, on every reconnect; nil: the system's
+	// resolver does. A node whose interface takes the system's questions into the tunnel needs
+	// another way to find its peers.
+	ResolveEndpoint func(endpoint string) ([]netip.AddrPort, error)
 
 	// OpenConnect makes the node a client of an OpenConnect server, besides the peers it may have;
 	// nil: it is none. Addresses stay empty then, and PrivateKey may.

@@ -183,17 +183,18 @@ func (n *Node) startOuter() error {
 	}
 	device, readers := n.device()
 	n.transport, err = transport.New(transport.Config{
-		Key:            n.cfg.PrivateKey,
-		Conns:          conns,
-		Device:         device,
-		Readers:        readers,
-		TooBig:         n.tooBig,
-		PathMTUChanged: n.pathMTUChanged,
-		InnerMTU:       n.innerMTU(),
-		EarlyDrop:      n.earlyDrop(),
-		Logger:         n.log,
-		CipherSuites:   n.cfg.CipherSuites,
-		Timing:         n.cfg.Timing,
+		Key:             n.cfg.PrivateKey,
+		Conns:           conns,
+		Device:          device,
+		Readers:         readers,
+		TooBig:          n.tooBig,
+		PathMTUChanged:  n.pathMTUChanged,
+		InnerMTU:        n.innerMTU(),
+		ResolveEndpoint: n.cfg.ResolveEndpoint,
+		EarlyDrop:       n.earlyDrop(),
+		Logger:          n.log,
+		CipherSuites:    n.cfg.CipherSuites,
+		Timing:          n.cfg.Timing,
 	})
 	if err != nil {
 		return fmt.Errorf("netstack: %w", err)

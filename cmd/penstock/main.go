@@ -102,7 +102,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newGenkey(), newPubkey(), newCheck(), newUp(), newStatus(), newNc(), newPing(), newSpeed(), newDemo(), newVersion(),
+	root.AddCommand(newGenkey(), newPubkey(), newCheck(), newUp(), newDown(), newStatus(), newNc(), newPing(), newSpeed(), newDemo(), newVersion(),
 		newConnect(), newServe(), newUser(), newSessions(), newKick())
 	return root
 }

@@ -209,4 +209,24 @@ func TestFinish(t *testing.T) {
 	if err := finish(func() error { <-never; return nil }, interrupts); err == nil || !strings.Contains(err.Error(), "interrupted again (interrupt)") {
 		t.Errorf("after a second interrupt: %v", err)
 	}
+	// The host comes first, unless somebody insists.
+	done := make(chan struct{})
+	returned := make(chan error, 1)
+	interrupts <- os.Interrupt
+	go func() { returned <- finishAfter(done, func() error { <-never; return nil }, interrupts) }()
+	select {
+	case err := <-returned:
+		t.Errorf("before the host was as it was: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(done)
+	if err := <-returned; err == nil {
+		t.Error("interrupted again, and no error")
+	}
+	interrupts <- os.Interrupt
+	go func() { returned <- finishAfter(make(chan struct{}), func() error { <-never; return nil }, interrupts) }()
+	interrupts <- os.Interrupt // taken up when the second one has been
+	if err := <-returned; err == nil {
+		t.Error("interrupted a third time, and no error")
+	}
 }

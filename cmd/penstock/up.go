@@ -8,8 +8,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -24,8 +22,12 @@ func newUp() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "up -c FILE",
 		Short: "run a node in the foreground",
-		Long: `Up runs the node that a configuration describes until it is interrupted (SIGINT or
-SIGTERM; a second one ends it at once). Logs go to the standard error.
+		Long: `Up runs the node that a configuration describes until it is interrupted (SIGINT,
+SIGTERM or SIGHUP; a second one ends it at once) or told by penstock down. Logs go to
+the standard error.
+
+With device = "tun" it takes back first what nodes have left that were killed, and
+whatever signal ends it, but SIGKILL, leaves the host as it was.
 
 Nothing is started when the configuration has a mistake (exit code 2), and
 everything is stopped again when a part cannot be started (exit code 1).`,
@@ -86,18 +88,29 @@ func newLoggerOf(w io.Writer, fileLevel slog.Level, fileFormat, level, format st
 // up runs a node until it is interrupted.
 func up(c *config.Config, log *slog.Logger) error {
 	interrupts := make(chan os.Signal, 2)
-	signal.Notify(interrupts, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(interrupts, endings(c.TUN != nil)...)
 	defer signal.Stop(interrupts)
+	down := make(chan struct{}, 1)
 
-	r, err := bringUp(c, log)
+	r, err := bringUp(c, log, func() {
+		select {
+		case down <- struct{}{}:
+		default: // it knows already
+		}
+	})
 	if err != nil {
 		return err
 	}
 	manager := notifyReady(r.node.Status, log)
-	s := <-interrupts
-	log.Info("closing", "signal", s.String())
+	why := "penstock down"
+	select {
+	case s := <-interrupts:
+		why = s.String()
+	case <-down:
+	}
+	log.Info("closing", "signal", why)
 	manager.closing()
-	if err := finish(r.close, interrupts); err != nil {
+	if err := finishAfter(r.hostClosed, r.close, interrupts); err != nil {
 		return err
 	}
 	log.Info("closed")
@@ -106,25 +119,41 @@ func up(c *config.Config, log *slog.Logger) error {
 
 // finish waits for close to end, or for one more signal.
 func finish(close func() error, interrupts <-chan os.Signal) error {
+	return finishAfter(nil, close, interrupts)
+}
+
+// finishAfter is finish for a close that must not be given up before something is done, unless there
+// is a third signal.
+func finishAfter(done <-chan struct{}, close func() error, interrupts <-chan os.Signal) error {
 	closed := make(chan error, 1)
 	go func() { closed <- close() }()
 	select {
 	case err := <-closed:
 		return err
 	case s := <-interrupts:
-		return fmt.Errorf("interrupted again (%v) before everything was closed", s)
+		err := fmt.Errorf("interrupted again (%v) before everything was closed", s)
+		if done != nil {
+			select {
+			case <-done:
+			case <-interrupts:
+			}
+		}
+		return err
 	}
 }
 
 // running is a node and what answers for it.
 type running struct {
 	node        *netstack.Node
+	host        *host         // nil unless the node has an interface of the kernel
 	speed       *speed.Server // nil unless the configuration allows it
 	stopControl func()
+	hostClosed  chan struct{} // closed when the host is as it was
 }
 
-// bringUp starts everything or, with an error, nothing.
-func bringUp(c *config.Config, log *slog.Logger) (*running, error) {
+// bringUp starts everything or, with an error, nothing. down is called when somebody asks the
+// node to end.
+func bringUp(c *config.Config, log *slog.Logger, down func()) (*running, error) {
 	path := socketPath(c)
 	// First, since it tells whether the node runs already.
 	l, err := control.Listen(path)
@@ -137,27 +166,44 @@ func bringUp(c *config.Config, log *slog.Logger) (*running, error) {
 			return nil, err
 		}
 	}
-	node, err := startNode(c, log)
-	if err != nil {
-		l.Close()
-		return nil, err
+	r := &running{stopControl: func() { l.Close() }, hostClosed: make(chan struct{})}
+	if err := r.start(c, log); err != nil {
+		return nil, errors.Join(err, r.close())
 	}
-	r := &running{node: node}
-	if c.Node.Speedtest {
-		if r.speed, err = speed.Serve(node); err != nil {
-			l.Close()
-			node.Close()
-			return nil, fmt.Errorf("speedtest: %w", err)
-		}
-	}
-	r.stopControl = control.Serve(l, reporter(c, node), node)
-	logUp(log, node, path)
+	r.stopControl = control.Serve(l, reporter(c, r.node), r.node, control.OnDown(down))
+	logUp(log, r.node, path)
 	return r, nil
 }
 
+// start starts what is behind the control socket. The host changes last, when packets can go where
+// they are led to. With an error r is to be closed.
+func (r *running) start(c *config.Config, log *slog.Logger) (err error) {
+	if c.TUN != nil {
+		if r.host, err = prepareHost(c, log); err != nil {
+			return err
+		}
+	}
+	if r.node, err = startNode(c, r.host, log); err != nil {
+		return err
+	}
+	if c.Node.Speedtest {
+		if r.speed, err = speed.Serve(r.node); err != nil {
+			return fmt.Errorf("speedtest: %w", err)
+		}
+	}
+	if r.host != nil {
+		return r.host.apply(r.node)
+	}
+	return nil
+}
+
 // startNode starts the node and its ports.
-func startNode(c *config.Config, log *slog.Logger) (*netstack.Node, error) {
-	node, err := netstack.New(nodeConfig(c, log))
+func startNode(c *config.Config, h *host, log *slog.Logger) (*netstack.Node, error) {
+	n := nodeConfig(c, log)
+	if h != nil {
+		h.node(&n, c.TUN)
+	}
+	node, err := netstack.New(n)
 	var mistake *netstack.ConfigError
 	if errors.As(err, &mistake) {
 		return nil, exitWith(exitUsage, fmt.Errorf("%s: %w", c.File, err))
@@ -254,11 +300,7 @@ func socketPath(c *config.Config) string {
 }
 
 func reporter(c *config.Config, node *netstack.Node) func() control.Report {
-	file, err := filepath.Abs(c.File)
-	if err != nil {
-		file = c.File
-	}
-	version := readBuild().version
+	file, version := absolute(c.File), readBuild().version
 	return func() control.Report {
 		return control.Report{Version: version, PID: os.Getpid(), Config: file, Node: node.Status()}
 	}
@@ -286,11 +328,17 @@ func logUp(log *slog.Logger, node *netstack.Node, path string) {
 }
 
 // close stops everything. The control socket goes first: a node that closes is not
-// to be asked, and the next one may start.
+// to be asked, and the next one may start. Then the host gets its own ways back, while the node
+// still takes what comes by the old ones.
 func (r *running) close() error {
 	r.stopControl()
+	err := r.host.close()
+	close(r.hostClosed)
 	if r.speed != nil {
 		r.speed.Close()
 	}
-	return r.node.Close()
+	if r.node == nil {
+		return err
+	}
+	return errors.Join(err, r.node.Close())
 }

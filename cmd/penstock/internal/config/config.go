@@ -25,6 +25,7 @@ type Config struct {
 	ACL       []netstack.ACLRule     // empty: everything passes
 	ACLLimits netstack.ACLLimits
 	Proxy     Proxy
+	TUN       *TUN // nil: the node has no interface of the kernel
 	Offload   Offload
 	TCP       netstack.TCPOptions
 	Timing    netstack.Timing

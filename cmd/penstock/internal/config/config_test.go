@@ -29,12 +29,20 @@ private_key_file = "a.key"
 address = ["10.66.0.1/24", "fd66::1/64"]
 listen = ["0.0.0.0:5182", "[::]:5182"]
 mtu = 1400
+device = "tun"
 speedtest = true
 control = "a.sock"
 control_group = "wheel"
 cipher_suites = ["aes-256-gcm", "chacha20-poly1305"]
 log = "debug"
 log_format = "json"
+
+[tun]
+name = "ps%d"
+queues = 2
+routes = 300
+fwmark = 0x80000001
+dns = false
 
 [[peer]]
 name = "b"
@@ -221,6 +229,7 @@ func TestWhole(t *testing.T) {
 				{Domains: []string{"."}, ViaHost: true},
 			},
 		},
+		TUN:   &TUN{Name: "ps%d", Queues: 2, Routes: 300, FwMark: 0x80000001, NoDNS: true},
 		Proxy: Proxy{SOCKS5: "127.0.0.1:1080", HTTP: "localhost:3128", User: "u", Password: "p"},
 		Router: &netstack.RouterConfig{
 			Allow: prefixes("192.168.1.0/24", "2001:db8:1::/48"),
@@ -351,6 +360,29 @@ func TestParseForward(t *testing.T) {
 	for _, text := range []string{"", "tcp", "8080=x:80", "icmp 127.0.0.1:1=x:2", "tcp 127.0.0.1:8080=", "tcp 127.0.0.1:8080=x", "tcp4 [::1]:1=x:2"} {
 		if p, err := ParseForward(text); err == nil {
 			t.Errorf("%q is %v", text, p)
+		}
+	}
+}
+
+func TestTUN(t *testing.T) {
+	for text, want := range map[string]*TUN{
+		"": nil,
+		"device = \"netstack\"\n[tun]\nname = \"a\"\n":                                   nil,
+		"device = \"tun\"\n":                                                             {Name: DefaultTUN},
+		"device = \"tun\"\n[tun]\nroutes = \"auto\"\nname = \"a\"\ndns = true\n":         {Name: "a"},
+		"device = \"tun\"\n[tun]\nroutes = \"main\"\n":                                   {Name: DefaultTUN, Routes: 254},
+		"device = \"tun\"\n[tun]\nroutes = false\nname = \"b%d\"\nfwmark = 4294967295\n": {Name: "b%d", Routes: RoutesNone, FwMark: 1<<32 - 1},
+	} {
+		c, err := Parse("node.toml", []byte(minimal+text), testKeyFile)
+		if err != nil {
+			t.Errorf("%q: %v", text, err)
+			continue
+		}
+		if !reflect.DeepEqual(c.TUN, want) {
+			t.Errorf("%q: %+v, want %+v", text, c.TUN, want)
+		}
+		if warned := len(c.Warnings) > 0; warned != (want == nil && text != "") {
+			t.Errorf("%q: warnings %v", text, c.Warnings)
 		}
 	}
 }

@@ -21,6 +21,7 @@ func FuzzConfig(f *testing.F) {
 	f.Add([]byte("[[node]]\n[peer.x]\nlisten.a.b = [[], {c = 1}]\n"))
 	f.Add([]byte("[node]\nprivate_key = '" + keyA + "x'\nprivate_key_file = '" + keyA + "'\n"))
 	f.Add([]byte("\ufeff# only a comment"))
+	f.Add([]byte(strings.Replace(minimal, "[node]\n", "[tun]\nroutes='auto'\nname='x%d'\n[node]\ndevice='tun'\n", 1)))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > 16<<10 {
 			return
@@ -113,6 +114,9 @@ func written(c *Config) string {
 	text("control", n.Socket)
 	text("control_group", n.SocketGroup)
 	line("speedtest", "%v", n.Speedtest, true)
+	if c.TUN != nil {
+		text("device", "tun")
+	}
 	list("cipher_suites", len(n.CipherSuites), func(i int) string {
 		for name, s := range suites {
 			if s == n.CipherSuites[i] {
@@ -123,6 +127,15 @@ func written(c *Config) string {
 	})
 	text("log", strings.ToLower(n.LogLevel.String()))
 	text("log_format", n.LogFormat)
+	if t := c.TUN; t != nil {
+		b.WriteString("[tun]\n")
+		text("name", t.Name)
+		line("queues", "%d", t.Queues != 0, t.Queues)
+		line("routes", "%d", t.Routes > 0, t.Routes)
+		line("routes", "%v", t.Routes == RoutesNone, false)
+		line("fwmark", "%d", t.FwMark != 0, t.FwMark)
+		line("dns", "%v", true, !t.NoDNS)
+	}
 	for _, p := range c.Peers {
 		b.WriteString("[[peer]]\n")
 		text("name", p.Name)

@@ -100,6 +100,7 @@ func Parse(file string, data []byte, keyFile KeyFile) (*Config, error) {
 	}
 	c.ACLLimits = r.filter(&raw.Filter, len(c.ACL))
 	c.Proxy = r.proxy(&raw.Proxy)
+	c.TUN = r.tun(raw.Node.Device, &raw.TUN)
 	c.Offload = r.offload(&raw.Offload)
 	c.TCP = r.tcp(&raw.TCP)
 	c.Timing = r.timing(&raw.Timing)

@@ -186,6 +186,22 @@ func TestMistakes(t *testing.T) {
 			"node.toml:23: filter.tcp_idle: 1ms is out of range"}},
 		{"filter without acl", node + peerB + "[filter]\nflows = 5\n", []string{
 			"node.toml:8: filter: has nothing to bound; expected an [[acl]]"}},
+		{"tun", node + "device = \"tap\"\n[tun]\nname = \"a/b\"\nqueues = 0\nroutes = true\nfwmark = 0\ndns = \"off\"\nmtu = 1400\n", []string{
+			"node.toml:5: node.device: \"tap\" is no device; expected \"netstack\" or \"tun\"",
+			"node.toml:7: tun.name: \"a/b\" cannot be the name of an interface; expected the name of an interface, such as \"penstock0\", of at most 15 bytes",
+			"node.toml:8: tun.queues: is 0; expected a whole number from 1 to 256",
+			"node.toml:9: tun.routes: is true; expected \"auto\", \"main\", the number of a routing table, or false",
+			"node.toml:10: tun.fwmark: is 0; expected a whole number from 1 to 4294967295",
+			"node.toml:11: tun.dns: is a string; expected true or false",
+			"node.toml:12: tun: unknown key \"mtu\"; expected mtu in [node]"}},
+		{"tun name", node + "device = \"tun\"\n[tun]\nname = \"penstock-berlin1\"\nroutes = \"mian\"\n", []string{
+			"node.toml:7: tun.name: \"penstock-berlin1\" is 16 bytes long; expected",
+			"node.toml:8: tun.routes: \"mian\" is no routing table; expected"}},
+		{"tun name pattern", node + "device = \"tun\"\ntun = {name = \"%s\", routes = 255}\n", []string{
+			"node.toml:6: node: unknown key \"tun\"; expected "}},
+		{"tun table", "tun = {name = \"%dx\", routes = 255}\n" + node + "device = \"tun\"\n", []string{
+			"node.toml:1: tun.name: \"%dx\" cannot be the name of an interface",
+			"node.toml:1: tun.routes: is 255, the table of the machine's own addresses; expected"}},
 		{"split dns in one bracket", node + "[dns.split]\ndomains = \"x\"\n", []string{
 			"node.toml:5: dns.split: is a table; expected [[dns.split]], in two brackets, since there may be several"}},
 		{"offload", node + "[offload]\ngso = \"off\"\nsend_buffer = \"lots\"\nreceive_buffer = \"2TiB\"\n[timing]\ndpd = 10\ndpd_timeout = \"never\"\nkeepalive = \"1h30\"\nrekey = \"1ms\"\nrekey_records = 268435457\n", []string{

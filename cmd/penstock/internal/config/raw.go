@@ -12,6 +12,7 @@ import (
 // value of the wrong type is one mistake among others instead of the only one.
 type rawFile struct {
 	Node    rawNode    `toml:"node"`
+	TUN     rawTUN     `toml:"tun"`
 	Peer    []rawPeer  `toml:"peer"`
 	Forward []rawPort  `toml:"forward"`
 	Publish []rawPort  `toml:"publish"`
@@ -31,12 +32,21 @@ type rawNode struct {
 	Address        any `toml:"address"`
 	Listen         any `toml:"listen"`
 	MTU            any `toml:"mtu"`
+	Device         any `toml:"device"`
 	Control        any `toml:"control"`
 	ControlGroup   any `toml:"control_group"`
 	CipherSuites   any `toml:"cipher_suites"`
 	Speedtest      any `toml:"speedtest"`
 	Log            any `toml:"log"`
 	LogFormat      any `toml:"log_format"`
+}
+
+type rawTUN struct {
+	Name   any `toml:"name"`
+	Queues any `toml:"queues"`
+	Routes any `toml:"routes"`
+	FwMark any `toml:"fwmark"`
+	DNS    any `toml:"dns"`
 }
 
 type rawPeer struct {

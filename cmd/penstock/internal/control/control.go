@@ -31,20 +31,20 @@ type Report struct {
 
 // Serve answers requests on l, which it takes, until the returned function is
 // called. That waits for requests under way, for a second at most. node does what programs
-// ask for; nil: only the report can be had.
-func Serve(l net.Listener, report func() Report, node *netstack.Node) (stop func()) {
-	return serve(l, report, node, nil)
+// ask for; nil: only the report can be had. More can be handled besides.
+func Serve(l net.Listener, report func() Report, node *netstack.Node, besides ...func(*http.ServeMux)) (stop func()) {
+	return serve(l, report, node, besides...)
 }
 
 // ServeGateway is Serve for a server and its node.
-func ServeGateway(l net.Listener, report func() Report, server *gateway.Server) (stop func()) {
-	return serve(l, report, server.Node(), server)
+func ServeGateway(l net.Listener, report func() Report, server *gateway.Server, besides ...func(*http.ServeMux)) (stop func()) {
+	return serve(l, report, server.Node(), append(besides, serverVerbs{server}.handle)...)
 }
 
-func serve(l net.Listener, report func() Report, node *netstack.Node, server *gateway.Server) (stop func()) {
+func serve(l net.Listener, report func() Report, node *netstack.Node, besides ...func(*http.ServeMux)) (stop func()) {
 	mux := http.NewServeMux()
-	if server != nil {
-		serverVerbs{server}.handle(mux)
+	for _, handle := range besides {
+		handle(mux)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	v := &verbs{node: node, ctx: ctx}
@@ -85,6 +85,30 @@ func serve(l net.Listener, report func() Report, node *netstack.Node, server *ga
 	}
 }
 
+// OnDown calls down when somebody asks the node to end, with POST /down. The answer, 202, does not
+// wait for the end.
+func OnDown(down func()) func(*http.ServeMux) {
+	return func(mux *http.ServeMux) {
+		mux.HandleFunc("POST /down", func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusAccepted)
+			down()
+		})
+	}
+}
+
+// Down asks the node behind the socket at path to end.
+func Down(ctx context.Context, path string) error {
+	resp, err := send(ctx, http.MethodPost, path, "/down")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusAccepted {
+		return fmt.Errorf("ask the node behind %s: %w", path, refused(resp))
+	}
+	return nil
+}
+
 // ErrNotRunning: nobody answers on the socket.
 var ErrNotRunning = errors.New("no node is running")
 
@@ -118,23 +142,32 @@ func get(ctx context.Context, path, what string) ([]byte, error) {
 
 // ask is get for an answer that comes bit by bit. The caller closes its body.
 func ask(ctx context.Context, path, what string) (*http.Response, error) {
+	resp, err := send(ctx, http.MethodGet, path, what)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		return nil, refused(resp)
+	}
+	return resp, nil
+}
+
+// send sends a request without a body. The caller closes the answer's.
+func send(ctx context.Context, method, path, what string) (*http.Response, error) {
 	t := &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", path)
 		},
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://penstock"+what, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://penstock"+what, nil)
 	if err != nil {
 		return nil, err
 	}
 	resp, err := t.RoundTrip(req)
 	if err != nil {
 		return nil, asked(path, err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		defer resp.Body.Close()
-		return nil, refused(resp)
 	}
 	return resp, nil
 }

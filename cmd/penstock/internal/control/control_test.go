@@ -284,3 +284,31 @@ func TestShare(t *testing.T) {
 		t.Error("shared with a group that does not exist")
 	}
 }
+
+// TestDown: a node can be asked to end, and the answer comes before the end.
+func TestDown(t *testing.T) {
+	folder(t)
+	path := Path("node.toml")
+	if err := Down(t.Context(), path); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("nobody there: %v", err)
+	}
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := make(chan struct{}, 1)
+	stopped := make(chan struct{})
+	stop := Serve(l, func() Report { return Report{} }, nil, OnDown(func() { asked <- struct{}{} }))
+	go func() {
+		defer close(stopped)
+		<-asked
+		stop()
+	}()
+	if err := Down(t.Context(), path); err != nil {
+		t.Error(err)
+	}
+	<-stopped
+	if err := Down(t.Context(), path); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("after the end: %v", err)
+	}
+}
