@@ -45,7 +45,7 @@ race: ## every test under the race detector (needs a C compiler)
 
 .PHONY: netns
 netns: ## the tests in network namespaces, required to run (as root)
-	PENSTOCK_REQUIRE_NETNS=1 $(GO) test ./tunwrap/... ./transport/... ./netstack/...
+	PENSTOCK_REQUIRE_NETNS=1 $(GO) test ./tunwrap/... ./transport/... ./netstack/... ./cmd/...
 
 .PHONY: fuzz
 fuzz: ## every fuzz target in turn, FUZZTIME seconds in all

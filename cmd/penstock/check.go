@@ -75,6 +75,13 @@ func summary(w io.Writer, c *config.Config) error {
 	} else {
 		line("mtu", "%d", c.Node.MTU)
 	}
+	if t := c.TUN; t != nil {
+		routes := map[int]string{config.RoutesAuto: "a table of their own", config.RoutesNone: "none"}[t.Routes]
+		if routes == "" {
+			routes = fmt.Sprintf("table %d", t.Routes)
+		}
+		line("interface", "%s, routes: %s", t.Name, routes)
+	}
 	for _, p := range c.Peers {
 		endpoint := p.Endpoint
 		if endpoint == "" {

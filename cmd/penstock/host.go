@@ -26,9 +26,9 @@ type host struct {
 }
 
 // prepareHost takes back what dead nodes have left, and finds out what would fail.
-func prepareHost(c *config.Config, log *slog.Logger) (*host, error) {
-	h := &host{cfg: hostConfig(c, log)}
-	did, err := hostnet.Recover(h.cfg.Folder, nil)
+func prepareHost(cfg hostnet.Config) (*host, error) {
+	log := cfg.Logger
+	did, err := hostnet.Recover(cfg.Folder, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -39,7 +39,10 @@ func prepareHost(c *config.Config, log *slog.Logger) (*host, error) {
 		}
 		log.Info("took back what a node left that died", "interface", r.Interface, "config", r.Owner, "steps", r.Steps)
 	}
-	return h, hostnet.Check(h.cfg)
+	if err := hostnet.Check(cfg); err != nil {
+		return nil, err
+	}
+	return &host{cfg: cfg}, nil
 }
 
 // hostConfig says the file's content in hostnet's words.
@@ -77,8 +80,8 @@ func hostConfig(c *config.Config, log *slog.Logger) hostnet.Config {
 }
 
 // node adds to the node's configuration what the host needs of it.
-func (h *host) node(n *netstack.Config, t *config.TUN) {
-	n.TUN = &netstack.TUNConfig{Name: t.Name, Queues: t.Queues, MTUChanged: h.pathMTU}
+func (h *host) node(n *netstack.Config, queues int) {
+	n.TUN = &netstack.TUNConfig{Name: h.cfg.Interface, Queues: queues, MTUChanged: h.pathMTU}
 	n.Socket.Mark = h.cfg.FwMark
 	if e := hostnet.NewEndpoints(h.cfg.FwMark, h.cfg.DNS); e != nil {
 		n.ResolveEndpoint = e.Resolve

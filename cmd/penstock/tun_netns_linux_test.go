@@ -94,7 +94,9 @@ func (p *place) in(f func()) {
 
 // output runs a program to its end, which comes soon.
 func (p *place) output(cmd *exec.Cmd) (out string, err error) {
-	cmd.Env, cmd.Dir = p.env, "/"
+	if cmd.Env == nil {
+		cmd.Env, cmd.Dir = p.env, "/"
+	}
 	var b bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &b, &b
 	p.in(func() { err = cmd.Start() })
@@ -537,29 +539,66 @@ func TestHostRefuses(t *testing.T) {
 	refuses(`name = "ps0"`, "/dev/net/tun is not there")
 }
 
+// asNobody makes penstock up -c node.toml a program of user 65534, with a copy of the program and of the
+// configuration and a folder of its own, and the capabilities caps.
+func (w *world) asNobody(caps ...uintptr) *exec.Cmd {
+	w.t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.host.sh("mkdir -p -m 700 /run/user && cp " + self + " /run/user/program && cp " + w.host.config() + " /run/user/ && chown -R 65534:65534 /run/user")
+	cmd := exec.Command("/run/user/program", "up", "-c", "/run/user/node.toml")
+	cmd.Args[0] = "penstock"
+	cmd.Env, cmd.Dir = append(os.Environ(), "XDG_RUNTIME_DIR=/run/user"), "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}, AmbientCaps: caps}
+	return cmd
+}
+
 // TestWithoutCapability: a user who may not is told what is missing.
 func TestWithoutCapability(t *testing.T) {
 	w := newWorld(t)
 	w.configure(`name = "ps0"`, "", "")
-	w.host.sh("mkdir -m 777 /run/user; chmod 711 " + filepath.Dir(w.host.home) + " " + w.host.home + "; chmod 644 " + w.host.config())
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	same := w.remember()
-	// As a file that this user may run.
-	copied := "/run/user/program"
-	w.host.sh("cp " + self + " " + copied + " && chmod 755 " + copied + " && cp " + w.host.config() + " /run/user/node.toml && chmod 644 /run/user/node.toml")
-	cmd := exec.Command(copied, "up", "-c", "/run/user/node.toml")
-	cmd.Args[0] = "penstock"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-	env := w.host.env
-	w.host.env = append(env, "XDG_RUNTIME_DIR=/run/user")
-	out, err := w.host.output(cmd)
-	w.host.env = env
+	out, err := w.host.output(w.asNobody())
 	if err == nil || !strings.Contains(out, "an interface cannot be made: it needs CAP_NET_ADMIN: run it as root, with AmbientCapabilities=CAP_NET_ADMIN in its unit") {
 		t.Errorf("%v, %s", err, out)
 	}
-	w.host.sh("rm -rf /run/user/*")
+	w.host.sh("rm -rf /run/user")
 	same("after a user who may not")
+}
+
+// TestNetAdminAlone: a user with CAP_NET_ADMIN has a full tunnel, is killed, and starts again.
+func TestNetAdminAlone(t *testing.T) {
+	w := fullTunnel(t)
+	w.configure("name = \"ps0\"\ndns = false", "device = \"tun\"\n", "")
+	same := w.remember()
+	w.far.up()
+	for _, s := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
+		cmd := w.asNobody(unix.CAP_NET_ADMIN)
+		var log bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &log, &log
+		w.host.in(func() { w.host.check(cmd.Start()) })
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		late := time.AfterFunc(30*time.Second, func() { cmd.Process.Kill() })
+		for url, who := range map[string]string{"http://203.0.113.1/me": "10.66.0.1:", "http://[2001:db8:cafe::1]/me": "[fd66::1]:"} {
+			got := ""
+			for end := time.Now().Add(20 * time.Second); !strings.HasPrefix(got, who) && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+				got, _ = w.host.run("curl", "-gsSf", "-m5", url)
+			}
+			if !strings.HasPrefix(got, who) {
+				t.Errorf("%s sees %s, want %s", url, got, who)
+			}
+		}
+		cmd.Process.Signal(s)
+		err := <-ended
+		late.Stop()
+		if s == syscall.SIGTERM && (err != nil || !strings.Contains(log.String(), "took back what a node left that died")) {
+			t.Errorf("%v: %v\n%s", s, err, log.String())
+		}
+		w.direct()
+	}
+	w.host.sh("rm -rf /run/user")
+	same("at the end")
 }

@@ -179,7 +179,7 @@ func bringUp(c *config.Config, log *slog.Logger, down func()) (*running, error) 
 // they are led to. With an error r is to be closed.
 func (r *running) start(c *config.Config, log *slog.Logger) (err error) {
 	if c.TUN != nil {
-		if r.host, err = prepareHost(c, log); err != nil {
+		if r.host, err = prepareHost(hostConfig(c, log)); err != nil {
 			return err
 		}
 	}
@@ -201,7 +201,7 @@ func (r *running) start(c *config.Config, log *slog.Logger) (err error) {
 func startNode(c *config.Config, h *host, log *slog.Logger) (*netstack.Node, error) {
 	n := nodeConfig(c, log)
 	if h != nil {
-		h.node(&n, c.TUN)
+		h.node(&n, c.TUN.Queues)
 	}
 	node, err := netstack.New(n)
 	var mistake *netstack.ConfigError

@@ -400,3 +400,22 @@ func TestCheck(t *testing.T) {
 		t.Errorf("no interface: %v", err)
 	}
 }
+
+// TestIPv6Off: where new interfaces have no IPv6, ours gets it if it has an IPv6 address, and else has
+// no route of IPv6.
+func TestIPv6Off(t *testing.T) {
+	w := newSandbox(t)
+	w.check(writeSysctl("net/ipv6/conf/default/disable_ipv6", "1"))
+	w.tun("ps0")
+	before := w.everything()
+	c := w.config()
+	s := w.apply(c)
+	w.ways(0, map[string]string{"2001:db8:2::1": "ps0", "fd66::2": "ps0", "8.8.8.8": "ps0"})
+	w.check(s.Close())
+	w.check(writeSysctl("net/ipv6/conf/ps0/disable_ipv6", "1"))
+	c.Addresses = prefixes("10.66.0.1/24")
+	s = w.apply(c)
+	w.ways(0, map[string]string{"2001:db8:2::1": "eth0", "8.8.8.8": "ps0"})
+	w.check(s.Close())
+	w.same(before, "after Close")
+}

@@ -151,6 +151,31 @@ func TestResolvConfAfterRestart(t *testing.T) {
 	}
 }
 
+// TestResolvConfOfAnotherNamespace: a node in another network namespace that shares /etc lives, and its
+// file is left alone; when it is dead, it is not.
+func TestResolvConfOfAnotherNamespace(t *testing.T) {
+	w := newSandbox(t)
+	before := w.resolvConf()
+	f, err := openTUN("ps0")
+	w.check(err)
+	defer f.Close()
+	s := w.apply(w.config())
+	w.check(unix.Unshare(unix.CLONE_NEWNET))
+	if did, err := Recover(w.folder, nil); err != nil || len(did) > 0 {
+		t.Errorf("while it lives: %+v, %v", did, err)
+	}
+	if got := w.resolvConf(); !strings.Contains(got, "10.66.0.2") {
+		t.Errorf("resolv.conf:\n%s", got)
+	}
+	s.journal.file.Close() // which gives the lock up, as death does
+	if did, err := Recover(w.folder, nil); err != nil || len(did) != 1 || did[0].Err != nil {
+		t.Errorf("when it is dead: %+v, %v", did, err)
+	}
+	if got := w.resolvConf(); got != before {
+		t.Errorf("resolv.conf:\n%s", got)
+	}
+}
+
 // program installs a script in a folder of its own at the front of $PATH. $CALLS is a file for what it
 // was called with.
 func (w *sandbox) program(name, script string) (calls func() string) {

@@ -66,13 +66,15 @@ func Folder(other string) string {
 // thisNetNS names the network namespace of the thread.
 func thisNetNS() (string, error) { return os.Readlink("/proc/thread-self/ns/net") }
 
+const journalEnd = ".journal"
+
 // journalPath is unique to an interface of a network namespace. Interfaces of the namespace that the
 // machine, or the container, started with have their bare name.
 func journalPath(folder, name, ns string) string {
 	if first, err := os.Readlink("/proc/1/ns/net"); err == nil && first != ns {
 		name += "@" + strings.Trim(strings.TrimPrefix(ns, "net:"), "[]")
 	}
-	return filepath.Join(folder, name+".journal")
+	return filepath.Join(folder, name+journalEnd)
 }
 
 // lockFolder keeps other nodes from taking and taking back steps in which they could meet: which

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 )
 
 // Recover takes back what dead nodes have left in this network namespace and in /etc/resolv.conf. want
@@ -27,18 +28,19 @@ func Recover(folder string, want func(name, owner string) bool) (did []Recovered
 		return nil, err
 	}
 	defer unlock()
-	paths, err := filepath.Glob(filepath.Join(folder, "*.journal"))
+	paths, err := filepath.Glob(filepath.Join(folder, "*"+journalEnd))
 	if err != nil {
 		return nil, err
 	}
-	alive := map[string]bool{}
+	alive := map[string]bool{} // interfaces, of whichever namespace: /etc may be shared
 	for _, path := range paths {
 		j, err := openJournal(path, 0)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			continue // taken back by its owner meanwhile
 		case errors.Is(err, ErrInUse):
-			alive[path] = true
+			name, _, _ := strings.Cut(strings.TrimSuffix(filepath.Base(path), journalEnd), "@")
+			alive[name] = true
 			continue
 		case err != nil:
 			did = append(did, Recovered{Owner: path, Err: err})
@@ -63,7 +65,7 @@ func Recover(folder string, want func(name, owner string) bool) (did []Recovered
 			did = append(did, r)
 		}
 	}
-	if f, name := orphan(resolvConfPath); f != nil && !alive[journalPath(folder, name, ns)] && want(name, "") {
+	if f, name := orphan(resolvConfPath); f != nil && !alive[name] && want(name, "") {
 		if _, err := os.Stat(journalPath(folder, name, ns)); errors.Is(err, fs.ErrNotExist) {
 			did = append(did, Recovered{Interface: name, Steps: 1, Err: f.undo()})
 		}

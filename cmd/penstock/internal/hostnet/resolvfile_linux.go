@@ -60,7 +60,7 @@ func (s *State) resolvFile(servers, search []string) error {
 		return err
 	}
 	if m := firstLinePattern.FindStringSubmatch(string(before)); m != nil {
-		return fmt.Errorf("%s is that of interface %s, whose node runs", f.Path, m[1])
+		return fmt.Errorf("%s is that of interface %s, whose node runs (dns = false leaves the resolver alone)", f.Path, m[1])
 	}
 	if f.Link == "" {
 		f.Content = string(before)
