@@ -80,6 +80,7 @@ cross: ## build and vet for the other systems and for 32 bits
 .PHONY: long
 long: ## the tests that are shortened in the ordinary run, at full length
 	PENSTOCK_LONG=1 $(GO) test -count 1 -run 'ShortFlows' ./netstack
+	PENSTOCK_LONG=1 $(GO) test -count 1 -run 'Container' ./cmd/penstock
 
 .PHONY: check
 check: PARSERTIME := 60
