@@ -431,8 +431,7 @@ func (in *inbound) frame(a *association, record, plain []byte) {
 		if len(body) >= dpdBodySize {
 			in.answers = append(in.answers, dpdAnswer{int64(binary.BigEndian.Uint64(body)), len(body)})
 		} else if s := a.peer.session; s != nil {
-			now := in.now
-			in.later = append(in.later, func() { s.answeredShortly(now) })
+			in.later = append(in.later, s.answeredShortly)
 		} // else a stranger's
 	case frameDisconnect, frameTerminate:
 		if s := a.peer.session; s != nil {

@@ -188,6 +188,9 @@ func (p *peer) streamLocked(now int64, after *actions) (due int64) {
 func (p *peer) askLocked(a *association, now int64, size int, after *actions) {
 	body := make([]byte, max(size, dpdBodySize))
 	binary.BigEndian.PutUint64(body, uint64(now))
+	if p.session != nil {
+		p.session.requests.add(dpdAnswer{sent: now, size: len(body)}, p.rtt)
+	}
 	after.add(func() { p.t.sendFrame(a, frameDPDRequest, body) })
 }
 
@@ -202,6 +205,10 @@ func (p *peer) answered(r dpdAnswer) {
 	if r.sent <= 0 || r.sent > now {
 		return // a stranger's
 	}
+	p.answeredLocked(r, now)
+}
+
+func (p *peer) answeredLocked(r dpdAnswer, now int64) {
 	p.rtt = time.Duration(now - r.sent)
 	if p.session != nil {
 		p.session.answeredLocked(r.sent, now)

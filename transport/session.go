@@ -142,6 +142,7 @@ type Session struct {
 	stream      *stream   // of the last CONNECT; nil when it was lost
 	old         []*stream // replaced, still read
 	watch       datagramWatch
+	requests    openRequests // by datagram
 	path        SessionPath
 	why         string // the reason for path
 	noDatagrams string

@@ -2,6 +2,7 @@ package transport
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -149,11 +150,55 @@ func (s *Session) answeredLocked(sent, now int64) {
 	}
 }
 
-// answeredShortly is told of an answer by datagram that does not say to what: not every far end echoes a request whole.
-func (s *Session) answeredShortly(now int64) {
-	s.peer.mu.Lock()
-	defer s.peer.mu.Unlock()
-	s.answeredLocked(s.watch.lastAsk, now)
+// answeredShortly is told of an answer by datagram that does not say to what: openconnect (9.01, seen) answers every
+// request with the type alone.
+func (s *Session) answeredShortly() {
+	p := s.peer
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := s.t.clock.now()
+	if r, ok := s.requests.takeSmallest(now, p.rtt); ok {
+		p.answeredLocked(r, now)
+	}
+}
+
+// openRequests are the DPD-REQs that may still be answered. There is one answer to each request that arrives, so
+// the number of answers says how many arrived, and as what arrives of small requests and large ones is at least the
+// small ones, each answer is taken for one to the smallest that is open. If another was lost that is too low a
+// guess, never too high, and the next round corrects it.
+type openRequests []dpdAnswer
+
+// maxOpenRequests is more than a step of the search for the path MTU makes, several times.
+const maxOpenRequests = 64
+
+func (o *openRequests) add(r dpdAnswer, rtt time.Duration) {
+	o.expire(r.sent, rtt)
+	if len(*o) < maxOpenRequests {
+		*o = append(*o, r)
+	}
+}
+
+// takeSmallest is the request that an answer is for.
+func (o *openRequests) takeSmallest(now int64, rtt time.Duration) (r dpdAnswer, ok bool) {
+	o.expire(now, rtt)
+	if len(*o) == 0 {
+		return r, false
+	}
+	at := 0
+	for i := range *o {
+		if (*o)[i].size < (*o)[at].size {
+			at = i
+		}
+	}
+	r = (*o)[at]
+	*o = slices.Delete(*o, at, at+1)
+	return r, true
+}
+
+// expire forgets what will not be answered any more.
+func (o *openRequests) expire(now int64, rtt time.Duration) {
+	oldest := now - int64(max(time.Second, 4*rtt))
+	*o = slices.DeleteFunc(*o, func(r dpdAnswer) bool { return r.sent < oldest })
 }
 
 // heardDatagrams is called by an inbound pump when packets came by datagram under a.

@@ -246,16 +246,66 @@ func TestWornAssociationOfASession(t *testing.T) {
 	}
 }
 
-// A far end that answers a request without the echo is alive all the same.
-func TestAnswerWithoutAnEcho(t *testing.T) {
+// A far end that answers requests without the echo, as openconnect does, is alive all the same, and the path MTU
+// is found by the number of answers.
+func TestAnswersWithoutAnEcho(t *testing.T) {
+	noLeaks(t)
+	const carries = 1250
 	p := newSessionPair(t, steady, nil)
+	server, client := netip.MustParseAddrPort("192.0.2.2:443"), p.clientConn.LocalAddr()
+	p.net.setPass(func(from, to netip.AddrPort, d []byte) bool {
+		return len(d) <= carries+recordHeaderSize+explicitNonceSize+frameHeaderSize+tagSize
+	})
 	p.onPath(t, PathDatagrams)
-	peer := p.c.peer
+	keys := p.c.peer.slots.Load().current
+	// From here on the test is the client: it has its keys and answers in its place.
+	far := p.net.listen("198.51.100.1:1")
+	p.net.setPass(func(from, to netip.AddrPort, d []byte) bool {
+		if from == client || len(d) > carries+recordHeaderSize+explicitNonceSize+frameHeaderSize+tagSize {
+			return false
+		}
+		if from == server {
+			far.queue <- Inbound{Buf: slices.Clone(d)}
+			return false
+		}
+		return true
+	})
+	done := make(chan struct{})
+	defer func() { <-done }()
+	defer far.Close()
+	go func() {
+		defer close(done)
+		for {
+			var m Inbound
+			select {
+			case <-far.closed:
+				return
+			case m = <-far.queue:
+			}
+			hdr, record, _, ok := nextRecord(m.Buf)
+			if !ok || hdr.epoch == 0 {
+				continue
+			}
+			plain, err := keys.opener.open(record, hdr, new(cryptoScratch))
+			if err != nil || hdr.typ != contentApplicationData || frameType(plain[0]) != frameDPDRequest {
+				continue
+			}
+			seq, _ := keys.reserve(1)
+			buf := make([]byte, headSlack+tagSize)
+			p.net.deliver(far.LocalAddr(), server, keys.sealFrame(buf, 0, frameDPDReply, seq, new(cryptoScratch)))
+		}
+	}()
+	peer := p.s.peer
 	peer.mu.Lock()
-	p.c.giveUpLocked("the test wants it", p.c.t.clock.now())
-	a := peer.slots.Load().current
+	peer.mtu.restart(p.s.t.clock.now())
+	peer.wakeLocked()
 	peer.mu.Unlock()
-	blocked(p.net, func(a netip.AddrPort) bool { return a == p.clientConn.LocalAddr() }) // the real answers
-	p.server.sendFrame(p.s.peer.slots.Load().current, frameDPDReply, nil)
-	eventually(t, "back on datagrams", func() bool { return p.c.Status().Path == PathDatagrams && peer.slots.Load().current == a })
+	eventually(t, "the path MTU is found", func() bool {
+		mtu := p.s.Status().InnerMTU
+		return mtu <= carries && mtu > carries-2*mtuStep
+	})
+	time.Sleep(3 * steady.DPD)
+	if st := p.s.Status(); st.Path != PathDatagrams || st.Handshakes != 1 {
+		t.Errorf("%+v", st)
+	}
 }
