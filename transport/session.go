@@ -315,9 +315,8 @@ func (s *Session) renew(l SessionLink) error {
 	p.attempts, p.nextDial = 0, 0
 	s.renewing, s.untold = false, nil
 	// The stream is sure to work. What the association does has to show: the far end may have kept it, or not.
-	s.giveUpLocked("a new CONNECT", t.clock.now())
-	s.watch.mirrored = !s.cfg.Client
-	s.watch.pause = 0
+	now := t.clock.now()
+	s.watch = datagramWatch{died: now, lastAsk: now, mirrored: !s.cfg.Client}
 	s.connectLocked(&l, "a new CONNECT")
 	return nil
 }
