@@ -256,12 +256,10 @@ func datagramPort(t *openconnect.Tunnel, off bool) (port, why string) {
 		return "", "DTLS is switched off"
 	case t.Proxied:
 		return "", "the server is behind a proxy, which carries TCP only"
+	case t.PSK == nil: // then the server was not asked for DTLS, or offers none
+		return "", t.NoPSK
 	case t.Settings.DTLSPort == 0:
 		return "", "the server offers no DTLS"
-	case !t.Settings.PSK():
-		return "", "the server offers DTLS only in the old way, with a master secret of the client"
-	case t.PSK == nil:
-		return "", t.NoPSK
 	}
 	return strconv.Itoa(t.Settings.DTLSPort), ""
 }

@@ -63,7 +63,7 @@ func (s *Session) watchLocked(a *association, now int64, after *actions) (due in
 		if due = w.lastAsk + int64(w.pause); now < due {
 			return due
 		}
-		w.lastAsk, w.pause = now, min(max(w.pause+w.pause/2, probePause), probePauseMax, s.timing.DPD)
+		w.lastAsk, w.pause = now, min(w.pause+w.pause/2, probePauseMax, s.timing.DPD)
 		p.askLocked(a, now, 0, after)
 		return now + int64(w.pause)
 	}
@@ -250,6 +250,9 @@ func (s *Session) routeLocked(why string) {
 	p.detour.Store(via)
 	if path == s.path {
 		return
+	}
+	if path == PathStream && s.noDatagrams != "" {
+		why = s.noDatagrams // which says more than when
 	}
 	s.path, s.why = path, why
 	s.t.log.Info("session path", "session", p.name, "path", path, "why", why)

@@ -258,7 +258,7 @@ func (c *connectFlags) run(cmd *cobra.Command, server string) error {
 		return k.explained(err)
 	}
 	if c.cookieOnly {
-		_, err = fmt.Fprintln(cmd.OutOrStdout(), login.Cookie)
+		_, err = fmt.Fprintln(cmd.OutOrStdout(), cookieName+login.Cookie)
 	} else {
 		_, err = io.WriteString(cmd.OutOrStdout(), shellLines(login))
 	}
@@ -289,10 +289,13 @@ func interruptible(signals chan os.Signal) (ctx context.Context, cancel context.
 	}
 }
 
+// cookieName is before a cookie's value where openconnect prints and takes one, since its version 9.
+const cookieName = "webvpn="
+
 // cookieOf finds the session's cookie in what openconnect prints, or in the bare value.
 func cookieOf(text string) string {
 	for part := range strings.SplitSeq(text, ";") {
-		if value, ok := strings.CutPrefix(strings.TrimSpace(part), "webvpn="); ok {
+		if value, ok := strings.CutPrefix(strings.TrimSpace(part), cookieName); ok {
 			return value
 		}
 	}
@@ -303,7 +306,7 @@ func cookieOf(text string) string {
 func shellLines(l *signin.Login) string {
 	var b strings.Builder
 	host := strings.TrimSuffix(l.Host, ":443")
-	for _, line := range [][2]string{{"COOKIE", l.Cookie}, {"HOST", host}, {"CONNECT_URL", "https://" + host + "/"}, {"FINGERPRINT", l.Pin}} {
+	for _, line := range [][2]string{{"COOKIE", cookieName + l.Cookie}, {"HOST", host}, {"CONNECT_URL", "https://" + host + "/"}, {"FINGERPRINT", l.Pin}} {
 		fmt.Fprintf(&b, "%s='%s'\n", line[0], strings.ReplaceAll(line[1], "'", `'\''`))
 	}
 	return b.String()

@@ -69,7 +69,7 @@ func TestShellLines(t *testing.T) {
 	l := &signin.Login{Host: "[2001:db8::1]:4443", Cookie: `it's $(touch /nowhere) "x`, Pin: "pin-sha256:AAAA="}
 	cmd := exec.Command("sh", "-c", `eval "$1"; printf '%s\n' "$COOKIE" "$HOST" "$CONNECT_URL" "$FINGERPRINT"`, "sh", shellLines(l))
 	out, err := cmd.Output()
-	want := l.Cookie + "\n[2001:db8::1]:4443\nhttps://[2001:db8::1]:4443/\npin-sha256:AAAA=\n"
+	want := "webvpn=" + l.Cookie + "\n[2001:db8::1]:4443\nhttps://[2001:db8::1]:4443/\npin-sha256:AAAA=\n"
 	if err != nil || string(out) != want {
 		t.Errorf("%v: %s, want %s", err, out, want)
 	}

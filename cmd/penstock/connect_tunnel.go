@@ -126,7 +126,7 @@ func (c *client) signIn(ctx context.Context, k *connection, cmd *cobra.Command) 
 		return err
 	}
 	if k.printCookie {
-		fmt.Fprintln(cmd.OutOrStdout(), login.Cookie)
+		fmt.Fprintln(cmd.OutOrStdout(), cookieName+login.Cookie)
 	}
 	t.Login, t.SignIn = *login, session.SignIn
 	c.log.Info("signed in", "server", login.Host, "key", login.Pin)

@@ -110,7 +110,7 @@ func (o *ConnectOptions) open(ctx context.Context, login *Login, r *reached) (*T
 	}
 	if t.PSK != nil && !s.PSK() {
 		t.PSK = nil
-		if t.NoPSK = "the server offers none"; s.DTLSPort > 0 {
+		if t.NoPSK = "the server offers no DTLS"; s.DTLSPort > 0 {
 			t.NoPSK = fmt.Sprintf("the server offers only what AnyConnect had before %s", PSKNegotiate)
 		}
 	}
