@@ -67,6 +67,12 @@ func (s *session) load(ctx context.Context) (*User, error) {
 		rec = nil
 	}
 	s.rec, s.raw = rec, raw
+	if err == nil {
+		s.touched = time.Now() // it lives
+	}
+	if s.left.IsZero() {
+		s.left = time.Now()
+	}
 	s.mu.Unlock()
 	if err != nil && !known {
 		return nil, fmt.Errorf("gateway: store: %w", err)

@@ -64,8 +64,16 @@ func (r AddressRange) problem() string {
 	case r.First.IsUnspecified() || r.First.IsMulticast() || r.Last.IsMulticast() || r.First.IsLoopback() || r.Last.IsLoopback():
 		return "has addresses that no client can have"
 	}
+	for _, a := range notForClients {
+		if r.Contains(a) {
+			return "has " + a.String() + " in it"
+		}
+	}
 	return ""
 }
+
+// notForClients are parts of what no range may cover.
+var notForClients = []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), netip.AddrFrom4([4]byte{224, 0, 0, 1}), netip.IPv6LinkLocalAllNodes()}
 
 // String is as ParseRange reads it.
 func (r AddressRange) String() string { return r.First.String() + "-" + r.Last.String() }

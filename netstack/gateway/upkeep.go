@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"time"
+
+	"github.com/penstock-vpn/penstock/transport"
 )
 
 // upkeepEvery is how often sessions are looked at.
@@ -85,10 +87,11 @@ func (s *session) presence(now time.Time, profile *Profile) (online bool, left t
 		return true, time.Time{}
 	}
 	// Datagrams may go on without the TLS connection. The client is asked after DPD at the latest.
-	if heard := t.handle.Status().LastInbound; heard.After(left) {
-		left = heard
+	st := t.handle.Status()
+	if st.LastInbound.After(left) {
+		left = st.LastInbound
 	}
-	return now.Sub(left) < 2*profile.DPD+time.Second, left
+	return st.Path == transport.PathDatagrams && now.Sub(left) < 2*profile.DPD+time.Second, left
 }
 
 // idle is for how long no packet has come or gone. DPD and keepalive are none.
