@@ -118,6 +118,9 @@ type UDPOptions struct {
 }
 
 const (
+	// DefaultMTU is the largest packet at first when Config.MTU is 0, in bytes.
+	DefaultMTU = transport.DefaultInnerMTU
+
 	// DefaultCloseTimeout is how long Close waits for written data to be acknowledged.
 	DefaultCloseTimeout = time.Second
 

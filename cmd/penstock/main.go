@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/config"
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/sandbox"
 )
 
 // Exit codes.
@@ -24,6 +25,9 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 // run is the whole program but for the process around it. It returns the exit
 // code.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	if len(args) == 1 && args[0] == sandbox.HelperVerb {
+		return sandbox.Helper()
+	}
 	root := newRoot()
 	root.SetArgs(args)
 	root.SetIn(stdin)
@@ -38,7 +42,12 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	switch {
 	case errors.As(err, &mistakes):
 		fmt.Fprintln(stderr, mistakes.Error()) // each line begins with the file, as a compiler's do
+		if errors.As(err, &e) {
+			return e.code
+		}
 		return exitUsage
+	case errors.As(err, &e) && e.err == nil:
+		return e.code
 	case errors.As(err, &e):
 		fmt.Fprintf(stderr, "penstock: error: %v\n", e.err)
 		return e.code
@@ -56,14 +65,15 @@ func helpFor(root *cobra.Command, args []string) string {
 	return root.CommandPath()
 }
 
-// exitError is an error of a verb with the exit code that it means. Errors of
+// exitError is an error of a verb with the exit code that it means; err is nil when there is
+// nothing to say. Errors of
 // other types are cobra's, about the command line.
 type exitError struct {
 	code int
 	err  error
 }
 
-func (e *exitError) Error() string { return e.err.Error() }
+func (e *exitError) Error() string { return fmt.Sprint(e.err) }
 func (e *exitError) Unwrap() error { return e.err }
 
 // failed says that err, unless it is nil, is a failure at run time.
@@ -89,6 +99,7 @@ ports of the VPN become local ports, local services become ports of the VPN.
     $ penstock genkey -o a.key          # prints the public key
     $ penstock check -c node.toml       # validates, starts nothing
     $ penstock up -c node.toml          # runs in the foreground
+    $ penstock run -c node.toml curl …  # runs a program that has this network only
     $ penstock status                   # what the running node is doing
 
 Exit codes: 0 done, 1 failed at run time, 2 a mistake in the command line or in
@@ -102,7 +113,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(newGenkey(), newPubkey(), newCheck(), newUp(), newDown(), newStatus(), newNc(), newPing(), newSpeed(), newDemo(), newVersion(),
+	root.AddCommand(newGenkey(), newPubkey(), newCheck(), newUp(), newDown(), newRun(), newStatus(), newNc(), newPing(), newSpeed(), newDemo(), newVersion(),
 		newConnect(), newServe(), newUser(), newSessions(), newKick())
 	return root
 }

@@ -183,7 +183,11 @@ func (r *running) start(c *config.Config, log *slog.Logger) (err error) {
 			return err
 		}
 	}
-	if r.node, err = startNode(c, r.host, log); err != nil {
+	var edit func(*netstack.Config)
+	if r.host != nil {
+		edit = func(n *netstack.Config) { r.host.node(n, c.TUN.Queues) }
+	}
+	if r.node, err = startNode(c, log, edit); err != nil {
 		return err
 	}
 	if c.Node.Speedtest {
@@ -197,11 +201,11 @@ func (r *running) start(c *config.Config, log *slog.Logger) (err error) {
 	return nil
 }
 
-// startNode starts the node and its ports.
-func startNode(c *config.Config, h *host, log *slog.Logger) (*netstack.Node, error) {
+// startNode starts the node and its ports. edit, if not nil, has the last word about the node.
+func startNode(c *config.Config, log *slog.Logger, edit func(*netstack.Config)) (*netstack.Node, error) {
 	n := nodeConfig(c, log)
-	if h != nil {
-		h.node(&n, c.TUN.Queues)
+	if edit != nil {
+		edit(&n)
 	}
 	node, err := netstack.New(n)
 	var mistake *netstack.ConfigError
