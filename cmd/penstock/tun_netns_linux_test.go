@@ -482,11 +482,11 @@ func TestKilled(t *testing.T) {
 		if again {
 			host = w.host.up()
 			w.carries("10.66.0.1:", "[fd66::1]:")
-			if !strings.Contains(host.log.String(), "took back what a node left that died") {
-				t.Error("the next start says nothing of what it took back")
-			}
 			if err := host.end(syscall.SIGTERM); err != nil {
 				t.Error(err)
+			}
+			if !strings.Contains(host.log.String(), "took back what a node left that died") {
+				t.Error("the next start says nothing of what it took back")
 			}
 			same("after the next one")
 			continue
