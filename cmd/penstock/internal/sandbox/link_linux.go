@@ -61,6 +61,7 @@ func (l *link) configure(c *Config) error {
 	// No link-local address: there is no link to speak of, and nobody to solicit. A kernel without
 	// IPv6 does not have the switch.
 	_ = sysctl("net/ipv6/conf/"+Interface+"/addr_gen_mode", "1")
+	_ = sysctl("net/ipv6/conf/"+Interface+"/disable_ipv6", "0") // as some hosts have it for new interfaces
 	if c.MTU > 0 {
 		if err := l.setMTU(c.MTU); err != nil {
 			return fmt.Errorf("MTU %d: %w", c.MTU, err)
