@@ -35,7 +35,7 @@ type Config struct {
 	Peers []Peer
 	// ResolveEndpoint turns a peer's Endpoint into addresses, on every reconnect; nil: the system's
 	// resolver does. A node whose interface takes the system's questions into the tunnel needs
-	// another way to find its peers.
+	// another way to find its peers. The OpenConnect server is found so, too, when it is called again.
 	ResolveEndpoint func(endpoint string) ([]netip.AddrPort, error)
 
 	// OpenConnect makes the node a client of an OpenConnect server, besides the peers it may have;

@@ -315,11 +315,37 @@ func (o *openconnectTunnel) dial(ctx context.Context, network, address string) (
 			return transport.NewStreamConn(c), nil
 		}
 	}
-	c, err := dial(ctx, network, address)
+	addresses, err := o.resolve(address)
 	if err != nil {
 		return nil, err
 	}
-	return transport.NewStreamConn(c), nil
+	for _, a := range addresses {
+		var c net.Conn
+		if c, err = dial(ctx, network, a); err == nil {
+			return transport.NewStreamConn(c), nil
+		}
+	}
+	return nil, err
+}
+
+// resolve is where to dial: address itself, which the system's resolver sees to, unless Config.ResolveEndpoint
+// does. There is no node yet for the first connection, and no tunnel that could be in the way.
+func (o *openconnectTunnel) resolve(address string) ([]string, error) {
+	if o.node == nil || o.node.cfg.ResolveEndpoint == nil {
+		return []string{address}, nil
+	}
+	found, err := o.node.cfg.ResolveEndpoint(address)
+	if err != nil {
+		return nil, err
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("%s has no address", address)
+	}
+	var addresses []string
+	for _, a := range found {
+		addresses = append(addresses, a.String())
+	}
+	return addresses, nil
 }
 
 // adopt makes t the tunnel's connection. It takes it, also when it fails.

@@ -36,6 +36,8 @@ type connectFlags struct {
 	noProxy                     bool
 	userAgent, system, hostname string
 
+	tun          string // name of the interface; empty: none
+	noDNS        bool
 	socks5, http string
 	forwards     []string
 	control      string
@@ -54,7 +56,7 @@ was not given.
 
 No privileges are needed: programs reach the network behind the server through a SOCKS5 and
 HTTP proxy (by default one on a port of 127.0.0.1, which is printed) or
-forwarded ports.
+forwarded ports. With --tun the whole machine does, through an interface of the kernel.
 
 SIGINT and SIGTERM sign out; SIGHUP leaves the session, so that its cookie can be used
 again. Flags that openconnect has too mean the same. docs/connect.md has everything.`,
@@ -96,6 +98,9 @@ func (c *connectFlags) add(cmd *cobra.Command) {
 	f.StringVar(&c.system, "os", "", "introduce this machine as `SYSTEM`: linux, linux-64, win, mac-intel, android or apple-ios")
 	f.StringVar(&c.hostname, "local-hostname", "", "this machine's `NAME` for the server")
 
+	f.StringVar(&c.tun, "tun", "", "give this machine an interface `NAME` to the VPN, with routes and DNS; needs CAP_NET_ADMIN")
+	f.Lookup("tun").NoOptDefVal = config.DefaultTUN
+	f.BoolVar(&c.noDNS, "no-dns", false, "with --tun: leave this machine's resolver alone")
 	f.StringVar(&c.socks5, "socks5", "", "serve a SOCKS5 proxy at `ADDRESS:PORT`")
 	f.StringVar(&c.http, "http", "", "serve an HTTP proxy at `ADDRESS:PORT`, which may be that of --socks5")
 	f.StringArrayVar(&c.forwards, "forward", nil, "give a port of the VPN one of this machine, `LISTEN=TO`: \"tcp 127.0.0.1:8080=wiki.corp:80\"; repeatable")
@@ -149,6 +154,8 @@ func (c *connectFlags) check(server string, stdin io.Reader) (*connection, error
 		return nil, fmt.Errorf("--token-mode %q: expected totp", c.tokenMode)
 	case c.noProxy && c.proxy != "":
 		return nil, errors.New("--proxy and --no-proxy exclude each other")
+	case c.noDNS && c.tun == "":
+		return nil, errors.New("--no-dns needs --tun")
 	case c.baseMTU != 0 && (c.baseMTU < 576 || c.baseMTU > 65535):
 		return nil, fmt.Errorf("--base-mtu %d: expected 576 to 65535", c.baseMTU)
 	case c.noSystemTrust && c.caFile == "" && c.pin == "":
@@ -241,7 +248,7 @@ func (c *connectFlags) run(cmd *cobra.Command, server string) error {
 	}
 	k.dialer.Logger = log
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, connectSignals()...)
+	signal.Notify(signals, endings(c.tun != "")...)
 	defer signal.Stop(signals)
 	ctx, cancel := interruptible(signals)
 	defer cancel()

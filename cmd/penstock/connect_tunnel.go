@@ -20,17 +20,17 @@ import (
 	"github.com/penstock-vpn/penstock/netstack/signin"
 )
 
-// connectSignals end a connection.
-func connectSignals() []os.Signal { return []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP} }
-
 // A client is a node with a tunnel to a server, and what is around it.
 type client struct {
 	log    *slog.Logger
 	stdout io.Writer
 
 	tunnel netstack.OpenConnect
+	host   *clientHost // nil without --tun
 	node   *netstack.Node
 	ended  chan error // why the tunnel has, for good
+
+	hostClosed chan struct{} // closed when the host is as it was
 
 	socket      string // of control
 	stopControl func()
@@ -38,7 +38,7 @@ type client struct {
 
 // tunnel signs in, connects, and stays until a signal, or the end of the tunnel.
 func (k *connection) tunnel(ctx context.Context, up context.CancelFunc, signals <-chan os.Signal, cmd *cobra.Command, log *slog.Logger) error {
-	c := &client{log: log, stdout: cmd.OutOrStdout(), ended: make(chan error, 1), socket: k.socketPath()}
+	c := &client{log: log, stdout: cmd.OutOrStdout(), ended: make(chan error, 1), hostClosed: make(chan struct{}), socket: k.socketPath()}
 	// First, since it tells whether there is a connection already.
 	l, err := control.Listen(c.socket)
 	if errors.Is(err, control.ErrRunning) {
@@ -63,7 +63,7 @@ func (k *connection) tunnel(ctx context.Context, up context.CancelFunc, signals 
 		failure = fmt.Errorf("the tunnel to %s has ended: %w", k.host, err)
 	}
 	manager.closing()
-	if err := finish(c.close, signals); err != nil {
+	if err := finishAfter(c.hostClosed, c.close, signals); err != nil {
 		return errors.Join(failure, err)
 	}
 	log.Info("closed")
@@ -72,12 +72,18 @@ func (k *connection) tunnel(ctx context.Context, up context.CancelFunc, signals 
 
 // start starts everything. With an error c is to be closed.
 func (c *client) start(ctx context.Context, k *connection, l net.Listener, cmd *cobra.Command) error {
-	if err := c.signIn(ctx, k, cmd); err != nil {
-		return err
-	}
 	n := netstack.Config{OpenConnect: &c.tunnel, Logger: c.log}
 	n.Socket.Logger = c.log
 	var err error
+	if k.tun != "" {
+		// First, since what a dead node has left may be in the way of the server.
+		if c.host, err = prepareClientHost(k, &n, c.log); err != nil {
+			return err
+		}
+	}
+	if err := c.signIn(ctx, k, cmd); err != nil {
+		return err
+	}
 	if c.node, err = newNode(ctx, n); err != nil {
 		if ctx.Err() != nil {
 			c.signOut(k)
@@ -86,6 +92,11 @@ func (c *client) start(ctx context.Context, k *connection, l net.Listener, cmd *
 	}
 	if err := c.serve(k); err != nil {
 		return err
+	}
+	if c.host != nil {
+		if err := c.host.apply(c.node); err != nil {
+			return err
+		}
 	}
 	c.stopControl = control.Serve(l, c.reporter(k), c.node)
 	c.logUp()
@@ -97,7 +108,11 @@ func (c *client) signIn(ctx context.Context, k *connection, cmd *cobra.Command) 
 	t := &c.tunnel
 	t.Connect.Dialer = k.dialer
 	t.Connect.NoDTLS, t.Connect.NoIPv6, t.Connect.BaseMTU, t.Connect.Hostname = k.noDTLS, k.noIPv6, k.baseMTU, k.hostname
+	t.Connect.Dial = nil // the node's own, which honours its mark
 	t.Changed = func(s netstack.OpenConnectStatus) {
+		if c.host != nil {
+			c.host.changed(s)
+		}
 		if s.State == netstack.OpenConnectEnded {
 			select {
 			case c.ended <- s.Err:
@@ -181,7 +196,7 @@ func (c *client) serve(k *connection) error {
 	if k.socks5 != "" || k.http != "" {
 		return serveProxies(c.node, &config.Proxy{SOCKS5: k.socks5, HTTP: k.http})
 	}
-	if len(k.forwards) > 0 {
+	if len(k.forwards) > 0 || k.tun != "" {
 		return nil
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:1080") // IANA's port of SOCKS
@@ -234,8 +249,13 @@ func (c *client) logUp() {
 // close stops everything, as running.close does.
 func (c *client) close() error {
 	c.stopControl()
-	if c.node == nil {
-		return nil
+	var err error
+	if c.host != nil {
+		err = c.host.close()
 	}
-	return c.node.Close()
+	close(c.hostClosed)
+	if c.node == nil {
+		return err
+	}
+	return errors.Join(err, c.node.Close())
 }

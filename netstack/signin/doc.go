@@ -14,9 +14,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"time"
 
+	"github.com/penstock-vpn/penstock/transport"
 	"github.com/penstock-vpn/penstock/transport/openconnect"
 )
 
@@ -57,6 +60,31 @@ func HostPort(server string) (string, error) { return openconnect.HostPort(serve
 
 // CheckPin says what is wrong with a pin's form.
 func CheckPin(pin string) error { return openconnect.CheckPin(pin) }
+
+// MarkedDial makes TCP connections for a Dialer whose packets carry a mark, as those of a node with Config.Socket.Mark
+// do. resolve turns HOST:PORT into addresses; where it returns nil, or is nil itself, the system's resolver does.
+func MarkedDial(mark uint32, resolve func(address string) ([]netip.AddrPort, error)) func(context.Context, string, string) (net.Conn, error) {
+	d := &net.Dialer{Control: transport.MarkControl(mark)}
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		var found []netip.AddrPort
+		var err error
+		if resolve != nil {
+			if found, err = resolve(address); err != nil {
+				return nil, err
+			}
+		}
+		if len(found) == 0 {
+			return d.DialContext(ctx, network, address)
+		}
+		for _, a := range found {
+			var c net.Conn
+			if c, err = d.DialContext(ctx, network, a.String()); err == nil {
+				return c, nil
+			}
+		}
+		return nil, err
+	}
+}
 
 // LoadCertificate reads a client's certificate, and its key from the same file if keyFile is empty. Both are
 // PEM, and the key is not encrypted.
