@@ -48,7 +48,7 @@ type connectFlags struct {
 func newConnect() *cobra.Command {
 	var c connectFlags
 	cmd := &cobra.Command{
-		Use:   "connect [https://]HOST[:PORT][/GROUP] [-u USER]",
+		Use:   "connect [https://]HOST[:PORT][/GROUP] [-u USER] [-- PROGRAM [ARG...]]",
 		Short: "connect to an OpenConnect or AnyConnect server",
 		Long: `Connect signs in to an OpenConnect server (ocserv, penstock serve) and keeps the tunnel
 until it is interrupted. It asks on the terminal for what the server wants to know and
@@ -56,12 +56,25 @@ was not given.
 
 No privileges are needed: programs reach the network behind the server through a SOCKS5 and
 HTTP proxy (by default one on a port of 127.0.0.1, which is printed) or
-forwarded ports. With --tun the whole machine does, through an interface of the kernel.
+forwarded ports. With --tun the whole machine does, through an interface of the kernel. After -- comes a
+program that has this network only, as with penstock run.
 
 SIGINT and SIGTERM sign out; SIGHUP leaves the session, so that its cookie can be used
 again. Flags that openconnect has too mean the same. docs/connect.md has everything.`,
-		Args: cobra.ExactArgs(1),
+		Args: func(cmd *cobra.Command, args []string) error {
+			dash := cmd.ArgsLenAtDash()
+			if len(args) == 0 || dash < 0 && len(args) > 1 || dash >= 0 && dash != 1 {
+				return fmt.Errorf("accepts one server, and a program after --; there are %d arguments", len(args))
+			}
+			if dash == 1 && len(args) == 1 {
+				return errors.New("there is no program after --")
+			}
+			return nil
+		},
 		RunE: verb(func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return c.runProgram(cmd, args[0], args[1:])
+			}
 			return c.run(cmd, args[0])
 		}),
 	}
@@ -105,7 +118,7 @@ func (c *connectFlags) add(cmd *cobra.Command) {
 	f.StringVar(&c.http, "http", "", "serve an HTTP proxy at `ADDRESS:PORT`, which may be that of --socks5")
 	f.StringArrayVar(&c.forwards, "forward", nil, "give a port of the VPN one of this machine, `LISTEN=TO`: \"tcp 127.0.0.1:8080=wiki.corp:80\"; repeatable")
 	f.StringVar(&c.control, "control", "", "the control socket's `PATH` (default: one named after the server)")
-	f.StringVar(&c.level, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&c.level, "log-level", "", "debug, info, warn or error (default info; with a program warn)")
 	f.StringVar(&c.format, "log-format", "text", "text or json")
 	complete(cmd, "log-level", "debug", "info", "warn", "error")
 	complete(cmd, "log-format", "text", "json")

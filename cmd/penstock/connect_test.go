@@ -93,7 +93,10 @@ func TestConnectUsage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct{ args, want string }{
-		{"", "accepts 1 arg"},
+		{"", "accepts one server"},
+		{"vpn.example curl http://x/", "a program after --"},
+		{"vpn.example --", "no program after --"},
+		{"vpn.example --no-dns", "--no-dns needs --tun"},
 		{"http://vpn.example", "expected https://"},
 		{"vpn.example -C x --cookieonly", "exclude each other"},
 		{"vpn.example --passwd-on-stdin --cookie-on-stdin", "exclude each other"},

@@ -25,10 +25,11 @@ type client struct {
 	log    *slog.Logger
 	stdout io.Writer
 
-	tunnel netstack.OpenConnect
-	host   *clientHost // nil without --tun
-	node   *netstack.Node
-	ended  chan error // why the tunnel has, for good
+	tunnel  netstack.OpenConnect
+	session *signin.Session // nil with a cookie
+	host    *clientHost     // nil without --tun
+	node    *netstack.Node
+	ended   chan error // why the tunnel has, for good
 
 	hostClosed chan struct{} // closed when the host is as it was
 
@@ -85,9 +86,7 @@ func (c *client) start(ctx context.Context, k *connection, l net.Listener, cmd *
 		return err
 	}
 	if c.node, err = newNode(ctx, n); err != nil {
-		if ctx.Err() != nil {
-			c.signOut(k)
-		}
+		c.signOut(k)
 		return err
 	}
 	if err := c.serve(k); err != nil {
@@ -143,7 +142,7 @@ func (c *client) signIn(ctx context.Context, k *connection, cmd *cobra.Command) 
 	if k.printCookie {
 		fmt.Fprintln(cmd.OutOrStdout(), cookieName+login.Cookie)
 	}
-	t.Login, t.SignIn = *login, session.SignIn
+	t.Login, t.SignIn, c.session = *login, session.SignIn, session
 	c.log.Info("signed in", "server", login.Host, "key", login.Pin)
 	return nil
 }
@@ -151,8 +150,11 @@ func (c *client) signIn(ctx context.Context, k *connection, cmd *cobra.Command) 
 // signOutTime is what a goodbye may take when somebody is waiting for the program to end.
 const signOutTime = 3 * time.Second
 
-// signOut ends the session of a cookie that has come to nothing.
+// signOut ends the session of a sign-in that has come to nothing. A cookie of the user's is left alone.
 func (c *client) signOut(k *connection) {
+	if c.session == nil {
+		return
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), signOutTime)
 	defer cancel()
 	if err := signin.Logout(ctx, &c.tunnel.Login, k.dialer); err != nil {

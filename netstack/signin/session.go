@@ -87,6 +87,13 @@ func (s *Session) SignIn(ctx context.Context) (*Login, error) {
 	return login, nil
 }
 
+// Unattended makes what comes later ask nobody.
+func (s *Session) Unattended() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.o.Ask = nil
+}
+
 // An attempt is one sign-in.
 type attempt struct {
 	s       *Session
