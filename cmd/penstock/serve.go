@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/config"
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
+	"github.com/penstock-vpn/penstock/cmd/penstock/internal/hostnet"
 	"github.com/penstock-vpn/penstock/netstack"
 	"github.com/penstock-vpn/penstock/netstack/gateway"
 )
@@ -49,7 +51,7 @@ prints the command by which openconnect connects.`,
 			if err != nil {
 				return err
 			}
-			return serve(c, nil, log, func(*gateway.Server) {})
+			return serve(c, log, func(*gateway.Server) {})
 		}),
 	}
 	configFlag(cmd, &file)
@@ -79,8 +81,8 @@ func loadServer(file string, stderr io.Writer) (*config.Server, error) {
 	return c, nil
 }
 
-// serve runs a server until it is interrupted. users are used in place of the file's, unless nil. up is called when everything runs.
-func serve(c *config.Server, users gateway.Users, log *slog.Logger, up func(*gateway.Server)) error {
+// serve runs a server until it is interrupted. up is called when everything runs.
+func serve(c *config.Server, log *slog.Logger, up func(*gateway.Server)) error {
 	interrupts := make(chan os.Signal, 2)
 	signal.Notify(interrupts, os.Interrupt, syscall.SIGTERM)
 	defer signal.Stop(interrupts)
@@ -90,7 +92,17 @@ func serve(c *config.Server, users gateway.Users, log *slog.Logger, up func(*gat
 	if err != nil {
 		return err
 	}
-	server, err := startServer(c, users, log)
+	h, err := serverHost(c, log)
+	if err != nil {
+		l.Close()
+		return err
+	}
+	server, err := startServer(c, h, log)
+	if err == nil && h != nil {
+		if err = h.apply(server.Node()); err != nil {
+			err = errors.Join(err, server.Close())
+		}
+	}
 	if err != nil {
 		l.Close()
 		return err
@@ -98,7 +110,7 @@ func serve(c *config.Server, users gateway.Users, log *slog.Logger, up func(*gat
 	stopControl := control.ServeGateway(l, serverReporter(c, server), server)
 	closeAll := func() error {
 		stopControl()
-		return server.Close()
+		return errors.Join(h.close(), server.Close())
 	}
 	logServer(log, server, path)
 	up(server)
@@ -111,14 +123,50 @@ func serve(c *config.Server, users gateway.Users, log *slog.Logger, up func(*gat
 	return nil
 }
 
-// startServer says the file's content in the library's words.
-func startServer(c *config.Server, users gateway.Users, log *slog.Logger) (*gateway.Server, error) {
-	if users == nil {
-		f, err := gateway.OpenUserFile(c.Auth.Users, log)
-		if err != nil {
-			return nil, exitWith(exitUsage, err)
+// serverHost prepares the host for an interface of the kernel; nil without one.
+func serverHost(c *config.Server, log *slog.Logger) (*host, error) {
+	if c.TUN == nil {
+		return nil, nil
+	}
+	mtu := c.MTU
+	if mtu == 0 {
+		mtu = gateway.DefaultMTU
+	}
+	return prepareHost(hostnet.Config{
+		Interface: c.TUN.Name, Owner: absolute(c.File), Folder: hostnet.Folder(control.Folder()),
+		Addresses: c.Addresses, MTU: mtu, Table: hostnet.TableNone, Logger: log,
+	})
+}
+
+// clientsApart are rules that keep clients from each other where the kernel would forward from one to the other.
+func clientsApart(c *config.Server) []netstack.ACLRule {
+	var own, clients []netip.Prefix
+	for _, a := range c.Addresses {
+		own = append(own, netip.PrefixFrom(a.Addr(), a.Addr().BitLen()))
+		clients = append(clients, a.Masked())
+	}
+	return []netstack.ACLRule{{To: own}, {Deny: true, Direction: "in", To: clients}, {}}
+}
+
+// warnForwarding says what the kernel still lacks.
+func warnForwarding(c *config.Server, log *slog.Logger) {
+	for _, a := range c.Addresses {
+		name := "net.ipv6.conf.all.forwarding"
+		if a.Addr().Is4() {
+			name = "net.ipv4.ip_forward"
 		}
-		users = f
+		text, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(name, ".", "/"))
+		if err == nil && strings.TrimSpace(string(text)) == "0" {
+			log.Warn("the kernel does not forward: clients reach nothing but this host", "sysctl", name+"=1")
+		}
+	}
+}
+
+// startServer says the file's content in the library's words. h is nil without an interface of the kernel.
+func startServer(c *config.Server, h *host, log *slog.Logger) (*gateway.Server, error) {
+	users, err := gateway.OpenUserFile(c.Auth.Users, log)
+	if err != nil {
+		return nil, exitWith(exitUsage, err)
 	}
 	if needsState(c) {
 		if err := os.MkdirAll(stateFolder(c), 0o700); err != nil {
@@ -142,7 +190,14 @@ func startServer(c *config.Server, users gateway.Users, log *slog.Logger) (*gate
 		},
 		Logger: log,
 	}
-	if g.Node.Router == nil {
+	switch {
+	case h != nil:
+		g.Node.TUN = &netstack.TUNConfig{Name: c.TUN.Name, Queues: c.TUN.Queues, MTUChanged: h.pathMTU}
+		if !c.ClientToClient {
+			g.Node.ACL = clientsApart(c)
+		}
+		warnForwarding(c, log)
+	case g.Node.Router == nil:
 		g.Node.Router = &netstack.RouterConfig{} // nothing
 	}
 	setSocket(&g.Node, c.Offload, log)

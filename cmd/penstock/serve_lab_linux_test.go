@@ -38,6 +38,7 @@ type lab struct {
 	ns   [3]netns.NsHandle
 	dir  string // for the server, which runs as nobody
 	bin  string // the program, where nobody can read it
+	root bool   // the server is to run as root
 }
 
 // The namespaces.
@@ -203,7 +204,9 @@ func (l *lab) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(l.bin, args...)
 	cmd.Dir = l.dir
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + l.dir, "XDG_RUNTIME_DIR=" + filepath.Join(l.dir, "run"), "TMPDIR=" + l.dir}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	if !l.root {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	}
 	return cmd
 }
 
@@ -332,6 +335,14 @@ func (l *lab) connect(o stock.ClientOptions) (c *stock.Client) {
 		o.URL = labURL
 	}
 	l.in(labClient, func() { c = stock.StartClient(l.t, o) })
+	return c
+}
+
+// connectFromLAN makes a second client, of the lan. Its web server is then at its address inside too.
+func (l *lab) connectFromLAN(o stock.ClientOptions) (c *stock.Client) {
+	l.t.Helper()
+	o.URL = "https://10.98.0.1:4443"
+	l.in(labLAN, func() { c = stock.StartClient(l.t, o) })
 	return c
 }
 

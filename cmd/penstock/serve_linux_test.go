@@ -10,6 +10,7 @@ import (
 	"math/big"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/pquerna/otp/totp"
+	"github.com/vishvananda/netlink"
 
 	"github.com/penstock-vpn/penstock/netstack/gateway"
 	"github.com/penstock-vpn/penstock/netstack/vpntest/stock"
@@ -298,7 +300,7 @@ func (l *lab) sub(t *testing.T, name string, do func(t *testing.T)) {
 func TestServeRestart(t *testing.T) {
 	required(t, "openconnect", "curl", "ping")
 	l := newLab(t)
-	l.write("server.toml", strings.Replace(strings.Replace(labConfig, `method = "either"`, "", 1), `client_ca = "ca.pem"`, "", 1)+"\n[store]\nengine = \"bbolt\"\n")
+	l.write("server.toml", onlyPasswords()+"\n[store]\nengine = \"bbolt\"\n")
 	l.write("users", "")
 	l.addUser("alice", "correct horse")
 	p := l.start("serve", "-c", "server.toml")
@@ -317,6 +319,114 @@ func TestServeRestart(t *testing.T) {
 	}
 	c.Stop(syscall.SIGINT)
 	p.nobodyIn("alice")
+}
+
+// onlyPasswords is labConfig without certificates.
+func onlyPasswords() string {
+	return strings.Replace(strings.Replace(labConfig, `method = "either"`, "", 1), `client_ca = "ca.pem"`, "", 1)
+}
+
+// twoClients starts a server and connects alice, and bob from the lan.
+func (l *lab) twoClients(config string) (p *labProgram, alice, bob stock.Tunnel) {
+	l.t.Helper()
+	l.write("server.toml", config)
+	l.addUser("alice", "correct horse")
+	l.addUser("bob", "battery staple")
+	p = l.start("serve", "-c", "server.toml")
+	o := stock.ClientOptions{Pin: p.pin(), User: "alice", Password: "correct horse", Args: []string{"--authgroup", "Default"}}
+	alice = l.connect(o).Connected(20 * time.Second)
+	o.User, o.Password = "bob", "battery staple"
+	bob = l.connectFromLAN(o).Connected(20 * time.Second)
+	return p, alice, bob
+}
+
+// apart wants that alice does not reach bob.
+func (l *lab) apart(bob stock.Tunnel) {
+	l.t.Helper()
+	for _, a := range []netip.Addr{bob.Addr4, bob.Addr6} {
+		if out, err := l.client("ping", "-c", "2", "-i", "0.2", "-W", "1", a.String()); err == nil {
+			l.t.Errorf("a client reaches another:\n%s", out)
+		}
+	}
+}
+
+// TestServeClientToClient: clients reach each other if they may, and else do not.
+func TestServeClientToClient(t *testing.T) {
+	required(t, "openconnect", "curl", "ping")
+	l := newLab(t)
+	p, _, bob := l.twoClients(strings.Replace(onlyPasswords(), "[auth]", "client_to_client = true\n[auth]", 1))
+	l.pings(bob.Addr4.String(), bob.Addr6.String())
+	l.downloads(bob.Addr4.String(), 200000)
+	l.downloads("["+bob.Addr6.String()+"]", 200000)
+	if st := p.status().Node.Router; st == nil || st.Switched == 0 {
+		t.Errorf("%+v", st)
+	}
+	p.stop(syscall.SIGTERM)
+
+	l = newLab(t)
+	p, _, bob = l.twoClients(onlyPasswords())
+	l.apart(bob)
+	if st := p.status().Node.Router; st.Switched != 0 || st.Refused["not allowed"] < 4 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestServeTUN: the server drives an interface of the kernel, which routes.
+func TestServeTUN(t *testing.T) {
+	required(t, "openconnect", "curl", "ping")
+	l := newLab(t)
+	l.root = true
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		t.Skip("SKIPPED: ", err)
+	}
+	l.in(labServer, func() {
+		for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+			l.check(os.WriteFile("/proc/sys/net/"+name, []byte("1"), 0))
+		}
+	})
+	l.in(labLAN, func() { // the way back, so that nothing needs to be masqueraded
+		for _, args := range [][]string{{"route", "add", "10.97.0.0/24", "via", "10.98.0.1", "metric", "1000"}, {"-6", "route", "add", "fd97::/64", "via", "fd98::1", "metric", "4000"}} {
+			if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+				t.Fatalf("ip %v: %v\n%s", args, err, out)
+			}
+		}
+	})
+	config := strings.Replace(onlyPasswords(), "[auth]", "device = \"tun\"\n[tun]\nname = \"vpn%d\"\n[auth]", 1)
+	p, alice, bob := l.twoClients(config[:strings.Index(config, "[router]")])
+	l.pings("10.97.0.1", "fd97::1", "10.98.0.1", "fd98::1")
+	l.apart(bob)
+	st := p.status().Node
+	if st.TUN == nil || st.TUN.Name != "vpn0" || st.TUN.ToKernel == 0 || st.ACL == nil || st.ACL.Rules[1].Inbound.Packets < 4 {
+		t.Errorf("%+v, %+v", st.TUN, st.ACL)
+	}
+	l.in(labServer, func() {
+		link, err := netlink.LinkByName("vpn0")
+		if err != nil || link.Attrs().MTU != 1434 {
+			t.Errorf("%+v, %v", link, err)
+		}
+	})
+	if out := l.must("", "kick", "bob"); out != "1 ended\n" {
+		t.Errorf("kick: %q", out)
+	}
+	l.in(labLAN, func() { // bob's interface goes with his client
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+			if _, err := netlink.LinkByName(bob.Interface); err != nil || time.Now().After(end) {
+				break
+			}
+		}
+	})
+	l.pings("10.98.0.2", "fd98::2")
+	l.downloads("10.98.0.2", 200000)
+	l.downloads("[fd98::2]", 200000)
+	if alice.MTU != 1434 {
+		t.Errorf("MTU %d", alice.MTU)
+	}
+	p.stop(syscall.SIGTERM)
+	l.in(labServer, func() {
+		if _, err := netlink.LinkByName("vpn0"); err == nil {
+			t.Error("the interface is left behind")
+		}
+	})
 }
 
 // TestServeQuick: what penstock serve --quick prints connects.

@@ -51,7 +51,7 @@ func (q *quick) serve(stdout, stderr io.Writer, level, format string) error {
 	if err != nil {
 		return err
 	}
-	return serve(c, nil, log, func(s *gateway.Server) { q.explain(stdout, s, password) })
+	return serve(c, log, func(s *gateway.Server) { q.explain(stdout, s, password) })
 }
 
 // makeUser gives the user of the file a new password: that of the last time is known to nobody any more.

@@ -46,7 +46,7 @@ type Config struct {
 	ServerID string
 
 	// Node is the inside: addresses, router, kernel interface and all the rest. Its PrivateKey is
-	// made up if there is none, Listen is not used, and MTU 0 means 1434.
+	// made up if there is none, Listen is not used, and MTU 0 means [DefaultMTU].
 	Node netstack.Config
 
 	// SessionCheck is how often a session's user is looked up again; 0: a minute.
@@ -59,10 +59,11 @@ type Config struct {
 const (
 	defaultMaxClients = 4096
 	defaultMaxPerUser = 10
-	// defaultMTU is the packet that fits one record on a path of 1500 bytes over IPv4; see
-	// openconnect.InnerMTU. Clients get less as their path asks for it.
-	defaultMTU = 1434
 )
+
+// DefaultMTU is the packet that fits one record on a path of 1500 bytes over IPv4; see
+// [openconnect.InnerMTU]. Clients get less as their path asks for it.
+const DefaultMTU = 1434
 
 // ConfigError is one mistake in a [Config].
 type ConfigError = netstack.ConfigError

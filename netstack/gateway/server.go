@@ -123,7 +123,7 @@ const portTries = 20
 func (s *Server) listen() error {
 	node := s.cfg.Node
 	if node.MTU == 0 {
-		node.MTU = defaultMTU
+		node.MTU = DefaultMTU
 	}
 	if node.PrivateKey.IsZero() {
 		// Nobody knows it: no static peer gets in.

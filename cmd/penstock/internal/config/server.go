@@ -32,12 +32,19 @@ type Server struct {
 	Ban     gateway.BanConfig
 	Store   Store
 
+	TUN       *ServerTUN             // nil: no interface of the kernel
 	Router    *netstack.RouterConfig // nil: nothing is routed
 	Publishes []Port
 	Offload   Offload
 	TCP       netstack.TCPOptions
 
 	Warnings Mistakes
+}
+
+// ServerTUN is server.device = "tun" with the [tun] table.
+type ServerTUN struct {
+	Name   string
+	Queues int // 0: the default
 }
 
 // Auth is the [auth] table.
@@ -58,16 +65,17 @@ type Store struct {
 }
 
 type rawServerFile struct {
-	Server  rawServer  `toml:"server"`
-	Auth    rawAuth    `toml:"auth"`
-	Clients rawClients `toml:"clients"`
-	Group   []rawGroup `toml:"group"`
-	Ban     rawBan     `toml:"ban"`
-	Store   rawStore   `toml:"store"`
-	Router  rawRouter  `toml:"router"`
-	Publish []rawPort  `toml:"publish"`
-	Offload rawOffload `toml:"offload"`
-	TCP     rawTCP     `toml:"tcp"`
+	Server  rawServer    `toml:"server"`
+	Auth    rawAuth      `toml:"auth"`
+	Clients rawClients   `toml:"clients"`
+	Group   []rawGroup   `toml:"group"`
+	Ban     rawBan       `toml:"ban"`
+	Store   rawStore     `toml:"store"`
+	TUN     rawServerTUN `toml:"tun"`
+	Router  rawRouter    `toml:"router"`
+	Publish []rawPort    `toml:"publish"`
+	Offload rawOffload   `toml:"offload"`
+	TCP     rawTCP       `toml:"tcp"`
 }
 
 type rawServer struct {
@@ -78,6 +86,7 @@ type rawServer struct {
 	Name           any `toml:"name"`
 	ID             any `toml:"id"`
 	Address        any `toml:"address"`
+	Device         any `toml:"device"`
 	MTU            any `toml:"mtu"`
 	MaxClients     any `toml:"max_clients"`
 	MaxPerUser     any `toml:"max_per_user"`
@@ -85,6 +94,11 @@ type rawServer struct {
 	Control        any `toml:"control"`
 	Log            any `toml:"log"`
 	LogFormat      any `toml:"log_format"`
+}
+
+type rawServerTUN struct {
+	Name   any `toml:"name"`
+	Queues any `toml:"queues"`
 }
 
 type rawAuth struct {

@@ -89,6 +89,7 @@ func parseServer(file string, data []byte) (*Server, *reader, error) {
 	}
 	c.Ban = r.ban(&raw.Ban)
 	c.Store = r.store(&raw.Store)
+	c.TUN = r.serverTUN(raw.Server.Device, &raw.TUN)
 	c.Router = r.router(&raw.Router, nil)
 	for i := range raw.Publish {
 		c.Publishes = append(c.Publishes, r.port(element("publish", i), &raw.Publish[i]))
@@ -116,8 +117,11 @@ func (r *reader) server(c *Server, raw *rawServer) {
 	c.Certificate, _ = r.text("server.certificate", raw.Certificate, "the path of a PEM file")
 	c.Key, _ = r.text("server.key", raw.Key, "the path of a PEM file")
 	if (raw.Certificate == nil) != (raw.Key == nil) {
-		missing := map[bool]string{true: "certificate", false: "key"}[raw.Certificate == nil]
-		r.wrongAt("server.certificate", "server."+missing, "is missing", "certificate and key together, or neither for a self-signed one")
+		there, missing := "server.certificate", "server.key"
+		if raw.Certificate == nil {
+			there, missing = missing, there
+		}
+		r.wrongAt(there, missing, "is missing", "certificate and key together, or neither for a self-signed one")
 	}
 	c.State, _ = r.text("server.state", raw.State, "the path of a folder")
 	for _, it := range r.texts("server.name", raw.Name, wantServerName) {
@@ -280,7 +284,7 @@ func (r *reader) store(raw *rawStore) (s Store) {
 			r.wrong("store.engine", quoted(e)+" is no engine", wantEngine)
 		}
 	}
-	const wantURL = `such as "redis://127.0.0.1:6379/0", "rediss://..." or "unix:///run/redis.sock"`
+	const wantURL = `a URL such as "redis://127.0.0.1:6379/0", "rediss://..." or "unix:///run/redis.sock"`
 	s.Path, _ = r.text("store.path", raw.Path, "the path of a file")
 	var ok bool
 	if s.URL, ok = r.text("store.url", raw.URL, wantURL); ok && !strings.Contains(s.URL, "://") {
@@ -326,7 +330,44 @@ func (r *reader) serverTogether(c *Server) {
 		}
 	}
 	r.portsTogether("publish", c.Publishes)
-	if c.Router == nil {
-		r.warn("server", "has no [router]: clients reach nothing but the server itself", `[router] with allow = [...]`)
+	switch {
+	case c.TUN != nil && c.Router != nil:
+		r.wrong("router", `is there beside device = "tun", with which the kernel routes`, "one of them")
+	case c.TUN == nil && c.Router == nil:
+		r.warn("server", "has no [router]: clients reach nothing but the server itself", `[router] with allow = [...], or device = "tun"`)
 	}
+	if c.TUN != nil {
+		r.poolsOnLink(c, "clients.pool", c.Clients.Pool)
+		for i, g := range c.Groups {
+			r.poolsOnLink(c, element("group", i)+".pool", g.Pool)
+		}
+	}
+}
+
+// poolsOnLink finds pools to which the kernel would have no route: it has one to the network of each address.
+func (r *reader) poolsOnLink(c *Server, path string, pool gateway.Pool) {
+	for _, a := range pool {
+		onLink := slices.ContainsFunc(c.Addresses, func(p netip.Prefix) bool { return p.Contains(a.First) && p.Contains(a.Last) })
+		if !onLink && len(c.Addresses) > 0 {
+			r.wrong(path, a.String()+" is not within the network of any address of the server", "a pool within one of server.address, which the kernel routes")
+		}
+	}
+}
+
+// serverTUN reads server.device and [tun].
+func (r *reader) serverTUN(device any, raw *rawServerTUN) *ServerTUN {
+	isTUN := false
+	if s, ok := r.text("server.device", device, wantDevice); ok {
+		if isTUN = s == "tun"; !isTUN && s != "netstack" {
+			r.wrong("server.device", quoted(s)+" is no device", wantDevice)
+		}
+	}
+	t := &ServerTUN{Name: r.interfaceName(raw.Name), Queues: int(r.integer("tun.queues", raw.Queues, 1, maxQueues))}
+	if isTUN {
+		return t
+	}
+	if _, written := r.index.kinds["tun"]; written {
+		r.warn("tun", "has no effect", `device = "tun" in [server]`)
+	}
+	return nil
 }
