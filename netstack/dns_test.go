@@ -284,14 +284,21 @@ func TestDNSInside(t *testing.T) {
 	}
 	defer l.Close()
 	for name, want := range map[string]string{"www:80": "[fd66::2]:80", "four:http": "10.66.0.2:80"} {
-		c, err := a.Dial(within(t, patience), "tcp", name)
-		if err != nil {
-			t.Fatal(err)
+		// On a machine under load IPv6 may take longer than the head start that it gets (RFC 8305 5).
+		for try := 1; ; try++ {
+			c, err := a.Dial(within(t, patience), "tcp", name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := c.RemoteAddr().String()
+			c.Close()
+			if got == want {
+				break
+			}
+			if try == 10 {
+				t.Fatalf("Dial of %s reached %s, want %s", name, got, want)
+			}
 		}
-		if got := c.RemoteAddr().String(); got != want {
-			t.Errorf("Dial of %s reached %s, want %s", name, got, want)
-		}
-		c.Close()
 	}
 	if _, err := a.Dial(within(t, patience), "tcp4", "six:80"); !isNotFound(err) {
 		t.Errorf("IPv4 to a name with IPv6 only: %v", err)
