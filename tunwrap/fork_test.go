@@ -348,19 +348,6 @@ func TestForkFromStack(t *testing.T) {
 	}
 }
 
-func TestForkAllocatesNothing(t *testing.T) {
-	drop := writerFunc(func(bufs [][]byte, _ int) (int, error) { return len(bufs), nil })
-	f := NewFork(ForkOptions{Stack: drop, Kernel: drop, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}})
-	frags := pieces(t, udpSpec("10.0.0.2", 53), 1)
-	bufs := append([][]byte{
-		udpSpec("10.0.0.2", 53).full(), udpSpec("10.0.0.2", 65000).full(), tcpSpec("fd00::2", 1).full(),
-		quoting("fd00::2", sentFrom("fd00::2", false, 80)),
-	}, frags...)
-	if n := testing.AllocsPerRun(100, func() { f.Write(bufs, 0) }); n != 0 {
-		t.Errorf("%v allocations", n)
-	}
-}
-
 type writerFunc func(bufs [][]byte, offset int) (int, error)
 
 func (w writerFunc) Write(bufs [][]byte, offset int) (int, error) { return w(bufs, offset) }
