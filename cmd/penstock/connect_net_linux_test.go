@@ -217,10 +217,16 @@ type started struct {
 // start starts a program where the client is; "penstock" is this one.
 func (w *connectNet) start(as user, stdin string, args ...string) *started {
 	w.t.Helper()
+	return w.startIn(w.client, as, stdin, args...)
+}
+
+// startIn starts a program in a place.
+func (w *connectNet) startIn(pid int, as user, stdin string, args ...string) *started {
+	w.t.Helper()
 	if args[0] == "penstock" {
 		args = append([]string{w.penstock}, args[1:]...)
 	}
-	p := &started{w: w, cmd: w.command(w.client, as, args...), exited: make(chan struct{})}
+	p := &started{w: w, cmd: w.command(pid, as, args...), exited: make(chan struct{})}
 	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = strings.NewReader(stdin), &p.stdout, &p.stderr
 	p.cmd.WaitDelay = 2 * time.Second
 	w.check(p.cmd.Start())

@@ -29,8 +29,11 @@ type (
 	Login = openconnect.Login
 	// Dialer is what reaches a server.
 	Dialer = openconnect.Dialer
-	// Question is one field of a form.
+	// Question is one field of a form; Form, Field and Option are what it is made of.
 	Question = openconnect.Question
+	Form     = openconnect.Form
+	Field    = openconnect.Field
+	Option   = openconnect.Option
 	// CertificateError: the server's certificate was not accepted.
 	CertificateError = openconnect.CertificateError
 	// UnavailableError: the server has no place for a tunnel now.
