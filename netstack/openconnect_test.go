@@ -73,3 +73,25 @@ func TestBehindServer(t *testing.T) {
 		})
 	}
 }
+
+// Once there is a node, the server's name is Config.ResolveEndpoint's: the system's resolver may be behind the tunnel.
+func TestOpenConnectResolve(t *testing.T) {
+	o := &openconnectTunnel{}
+	if got, err := o.resolve("vpn.example:443"); err != nil || !slices.Equal(got, []string{"vpn.example:443"}) {
+		t.Errorf("before there is a node: %q, %v", got, err)
+	}
+	answer := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:443"), netip.MustParseAddrPort("[2001:db8::7]:443")}
+	o.node = &Node{cfg: Config{ResolveEndpoint: func(endpoint string) ([]netip.AddrPort, error) {
+		if endpoint != "vpn.example:443" {
+			t.Errorf("asked for %q", endpoint)
+		}
+		return answer, nil
+	}}}
+	if got, err := o.resolve("vpn.example:443"); err != nil || !slices.Equal(got, []string{"192.0.2.7:443", "[2001:db8::7]:443"}) {
+		t.Errorf("%q, %v", got, err)
+	}
+	answer = nil
+	if got, err := o.resolve("vpn.example:443"); err == nil {
+		t.Errorf("no address: %q", got)
+	}
+}
