@@ -3,6 +3,7 @@ package netstack
 import (
 	"sync/atomic"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 
@@ -101,7 +102,7 @@ func (l *routerLink) route6(pkt *stack.PacketBuffer, h header.IPv6) {
 	}
 	h.SetHopLimit(ttl - 1)
 	if across {
-		l.passOn(pkt, h, h.TransportProtocol())
+		l.passOn(pkt, h, tcpip.TransportProtocolNumber(h.NextHeader()))
 		return
 	}
 	// Below 255 it can be no neighbour discovery either (RFC 4861 6.1, 7.1), which the

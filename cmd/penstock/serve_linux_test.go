@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net/netip"
 	"os"
@@ -235,15 +237,28 @@ func TestServeStock(t *testing.T) {
 		c := l.connect(alice)
 		tunnel := c.Connected(20 * time.Second)
 		before := p.session("alice", isConnected)
+		var download *exec.Cmd
+		var got bytes.Buffer
+		l.in(labClient, func() {
+			download = exec.Command("curl", "-sS", "--max-time", "30", "--limit-rate", "1M", fmt.Sprintf("http://10.98.0.2/?times=%d", 8<<20/len(hello)))
+			download.Stdout = &got
+			l.check(download.Start())
+		})
+		time.Sleep(time.Second)
 		l.check(c.Signal(syscall.SIGUSR2)) // lets go of the connection and makes a new one
+		defer func() {
+			if err := download.Wait(); err != nil || got.String() != strings.Repeat(hello, 8<<20/len(hello)) {
+				t.Errorf("a download of before: %v, %d bytes", err, got.Len())
+			}
+			c.Stop(syscall.SIGINT)
+			p.nobodyIn("alice")
+		}()
 		c.Await(20*time.Second, `(?s)User requested reconnect.*Got CONNECT response: HTTP/1.1 200`)
 		l.pings("10.98.0.2", "fd98::2")
 		after := p.session("alice", isConnected)
 		if after.ID != before.ID || after.Addresses[0] != tunnel.Addr4 || after.Addresses[1] != tunnel.Addr6 {
 			t.Errorf("before %+v, after %+v", before, after)
 		}
-		c.Stop(syscall.SIGINT)
-		p.nobodyIn("alice")
 	})
 
 	l.sub(t, "kick", func(t *testing.T) {

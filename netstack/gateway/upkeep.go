@@ -97,12 +97,17 @@ func (s *session) presence(now time.Time, profile *Profile) (online bool, left t
 // idle is for how long no packet has come or gone. DPD and keepalive are none.
 func (s *session) idle(now time.Time) time.Duration {
 	s.mu.Lock()
+	t := s.tunnel
+	s.mu.Unlock()
+	var n uint64
+	if t != nil {
+		st := t.handle.Status()
+		n = st.InboundPackets + st.OutboundPackets
+	}
+	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.tunnel != nil {
-		st := s.tunnel.handle.Status()
-		if n := st.InboundPackets + st.OutboundPackets; n != s.packets {
-			s.packets, s.active = n, now
-		}
+	if n != s.packets {
+		s.packets, s.active = n, now
 	}
 	return now.Sub(s.active)
 }
