@@ -76,11 +76,16 @@ func (w *connectNet) serve(config string) *connectServed {
 		w.t.Fatal("no secret")
 	}
 	w.check(os.WriteFile(s.secret, []byte(secret), 0o644))
-	s.started = w.startIn(w.server, asNobody, "", "penstock", "serve", "-c", file)
-	s.await("msg=serving")
-	s.await("pin-sha256:")
+	s.launch(file)
 	s.pin = regexp.MustCompile(`pin-sha256:[A-Za-z0-9+/]{43}=`).FindString(s.stderr.String())
 	return s
+}
+
+// launch starts the server, perhaps again.
+func (s *connectServed) launch(file string) {
+	s.started = s.startIn(s.server, asNobody, "", "penstock", "serve", "-c", file)
+	s.await("msg=serving")
+	s.await("pin-sha256:")
 }
 
 // args are those of penstock connect.
@@ -130,6 +135,18 @@ func TestConnectServe(t *testing.T) {
 	p.await("msg=up ")
 	if o := w.report(asNobody).Node.OpenConnect; strings.Contains(fmt.Sprint(o.AllowedIPs), "fd44::") {
 		t.Errorf("behind the server: %v", o.AllowedIPs)
+	}
+	// A server that was killed knows no cookies: the password is still known here.
+	s.end(syscall.SIGKILL)
+	s.launch(filepath.Join(w.dir, "server", "server.toml"))
+	p.await("signing in again")
+	for end := time.Now().Add(20 * time.Second); w.report(asNobody).Node.OpenConnect.State != "up"; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never up again: %+v", w.report(asNobody).Node.OpenConnect)
+		}
+	}
+	if _, err := w.fetch("-x", "socks5h://127.0.0.1:1080", "http://10.44.0.1/"); err != nil {
+		t.Errorf("after the server has started again: %v", err)
 	}
 	// The server sends the user away: that is the end.
 	kick := w.startIn(w.server, asNobody, "", "penstock", "kick", "--socket", filepath.Join(w.dir, "server", "server.sock"), "ada")
