@@ -7,6 +7,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -349,15 +350,22 @@ func (e *loopbackEnd) wantCloseNotify() {
 	}
 }
 
-// freePort is a UDP port for a tool that listens.
+// freePort finds a port for a program that cannot choose one itself. It is below those that the system
+// gives to sockets of its choice (32768, net.ipv4.ip_local_port_range), so that no test beside takes it in the meantime,
+// and free on every address, since gnutls-serv takes them all.
 func freePort(t *testing.T) netip.AddrPort {
 	t.Helper()
-	c, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		port := uint16(20000 + rand.IntN(12000))
+		c, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
+		if err != nil {
+			continue
+		}
+		c.Close()
+		return netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port)
 	}
-	defer c.Close()
-	return c.LocalAddr().(*net.UDPAddr).AddrPort()
+	t.Fatal("no port is free")
+	return netip.AddrPort{}
 }
 
 // stranger is one DTLS implementation: how it is started with a suite and an identity.
