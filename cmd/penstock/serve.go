@@ -58,7 +58,7 @@ prints the command by which openconnect connects.`,
 	f := cmd.Flags()
 	f.BoolVar(&fast, "quick", false, "a server without a configuration")
 	f.StringVar(&q.listen, "listen", "[::]:4443", "with --quick: `ADDRESS:PORT` for TCP and UDP")
-	f.StringVar(&q.host, "host", "", "with --quick: the `NAME` or address by which clients call the server (default: this machine's address)")
+	f.StringVar(&q.host, "host", "", "with --quick: the `NAME` or address by which clients call the server (default: that of --listen, or this machine's)")
 	f.StringVar(&q.user, "user", "me", "with --quick: the user's `NAME`")
 	f.StringVar(&q.state, "state", "", "with --quick: the `FOLDER` for certificate and user (default: one for this user)")
 	f.StringVar(&level, "log-level", "", "debug, info, warn or error (default: the file's, or info)")

@@ -34,8 +34,12 @@ func (q *quick) serve(stdout, stderr io.Writer, level, format string) error {
 	if err != nil {
 		return err
 	}
-	if q.host == "" {
+	switch {
+	case q.host != "":
+	case listen.Addr().IsUnspecified():
 		q.host = ownAddress()
+	default:
+		q.host = listen.Addr().WithZone("").String()
 	}
 	if q.state == "" {
 		q.state = filepath.Join(userState(), "quick")
