@@ -63,7 +63,7 @@ func (s *Session) watchLocked(a *association, now int64, after *actions) (due in
 		if due = w.lastAsk + int64(w.pause); now < due {
 			return due
 		}
-		w.lastAsk, w.pause = now, min(w.pause+w.pause/2, probePauseMax, s.timing.DPD)
+		w.lastAsk, w.pause = now, min(max(w.pause+w.pause/2, probePause), probePauseMax, s.timing.DPD)
 		p.askLocked(a, now, 0, after)
 		return now + int64(w.pause)
 	}

@@ -347,3 +347,25 @@ type discardConn struct{ net.Conn }
 func (discardConn) Close() error                     { return nil }
 func (discardConn) Write(p []byte) (int, error)      { return len(p), nil }
 func (discardConn) SetWriteDeadline(time.Time) error { return nil }
+
+// After a new CONNECT the old association is asked at once, and then with pauses, if it does not answer.
+func TestRenewAsksWithPauses(t *testing.T) {
+	noLeaks(t)
+	p := newSessionPair(t, steady, nil)
+	p.onPath(t, PathDatagrams)
+	var asked atomic.Int64
+	p.net.setPass(func(from, _ netip.AddrPort, d []byte) bool {
+		if hdr, _ := parseRecordHeader(d); from == p.clientConn.LocalAddr() && hdr.epoch != 0 {
+			asked.Add(1)
+		}
+		return false
+	})
+	cl, sl := linkPair(t)
+	if err := errors.Join(p.s.Renew(sl), p.c.Renew(cl)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(500 * time.Millisecond)
+	if n := asked.Load(); n == 0 || n > 20 {
+		t.Errorf("%d records in half a second", n)
+	}
+}
