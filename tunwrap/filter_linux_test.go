@@ -26,31 +26,37 @@ func TestFilterTUN(t *testing.T) {
 	a.SetFilter(f)
 	w := &wire{mtu: mtu}
 	end := w.join(a, b)
-	dial := func(from *namespace, network, addr string) (c net.Conn, err error) {
-		err = from.do(func() (err error) { c, err = net.DialTimeout(network, addr, 300*time.Millisecond); return err })
+	// How long to wait for what has to come, and for what must not.
+	const patience, silence = 20 * time.Second, 300 * time.Millisecond
+	dial := func(from *namespace, network, addr string, wait time.Duration) (c net.Conn, err error) {
+		err = from.do(func() (err error) { c, err = net.DialTimeout(network, addr, wait); return err })
 		return c, err
 	}
 	for _, far := range []string{"10.9.0.2", "fd09::2"} {
 		if err := sendOver(one, two, far, 4<<20); err != nil {
 			t.Error(far, err)
 		}
-		if _, err := dial(one, "tcp", net.JoinHostPort(far, "9")); !errors.Is(err, syscall.ECONNREFUSED) {
+		if _, err := dial(one, "tcp", net.JoinHostPort(far, "9"), patience); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("a closed port of %s: %v, want a refusal", far, err)
 		}
 	}
 	for _, own := range []string{"10.9.0.1", "fd09::1"} {
 		var timeout net.Error
-		if _, err := dial(two, "tcp", net.JoinHostPort(own, "9")); !errors.As(err, &timeout) || !timeout.Timeout() {
+		if _, err := dial(two, "tcp", net.JoinHostPort(own, "9"), silence); !errors.As(err, &timeout) || !timeout.Timeout() {
 			t.Errorf("a connection to %s: %v, want silence", own, err)
 		}
 		// Nobody listens: the kernel answers with an ICMP error, which passes because the flow is known.
 		for _, port := range []string{"7000", "7001"} {
-			c, err := dial(two, "udp", net.JoinHostPort(own, port))
+			c, err := dial(two, "udp", net.JoinHostPort(own, port), patience)
 			if err != nil {
 				t.Fatal(err)
 			}
 			c.Write([]byte("hello"))
-			c.SetReadDeadline(time.Now().Add(300 * time.Millisecond))
+			wait := silence
+			if port == "7000" {
+				wait = patience
+			}
+			c.SetReadDeadline(time.Now().Add(wait))
 			_, err = c.Read(make([]byte, 9))
 			if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (port == "7000") {
 				t.Errorf("UDP to %s port %s: %v", own, port, err)
