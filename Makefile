@@ -59,6 +59,10 @@ bench: ## benchmarks: BENCH=regexp, COUNT=n
 bench-tun: ## kernel interfaces beside wireguard-go's, in namespaces (as root): PAIRS=n SPAN=seconds
 	@.ci/bench-tun
 
+.PHONY: bench-openconnect
+bench-openconnect: ## the same for the OpenConnect protocol, beside openconnect and ocserv
+	@.ci/bench-openconnect
+
 .PHONY: lint
 lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(gofmt -l $$($(GO) list -f '{{.Dir}}' ./...)); \
