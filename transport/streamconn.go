@@ -34,7 +34,6 @@ type StreamConn struct {
 	unread []byte  // of chunk
 	try    func(fd uintptr) bool
 	await  func(fd uintptr) bool
-	got    int
 	gotErr error
 
 	mu     sync.Mutex // guards what follows, and the order of what leaves

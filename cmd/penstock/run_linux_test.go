@@ -33,7 +33,6 @@ type runLab struct {
 	dir  string // the ordinary user's
 	bin  string
 	peer *netstack.Node
-	http int // a port of the host with an HTTP service
 }
 
 const runTime = 30 * time.Second
