@@ -313,6 +313,8 @@ func TestStrangers(t *testing.T) {
 	}
 	// Somebody who means it gets in meanwhile.
 	mustConnect(t, signInAs(t, s, "alice", "secret"), false)
+	s.strangers.mu.Lock()
+	defer s.strangers.mu.Unlock()
 	if s.strangers.n > 20 {
 		t.Errorf("%d strangers", s.strangers.n)
 	}
