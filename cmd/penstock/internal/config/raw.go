@@ -170,16 +170,18 @@ var nodeSchema = schema(tablesIn("", reflect.TypeFor[rawFile]()))
 func tablesIn(around string, in reflect.Type) (tables []table) {
 	for i := range in.NumField() {
 		f := in.Field(i)
-		if f.Type.Kind() == reflect.Interface {
-			continue // a leaf
+		if f.Type.Kind() == reflect.Interface || f.Anonymous {
+			continue // a leaf, or several
 		}
 		t := table{name: join(around, f.Tag.Get("toml")), many: f.Type.Kind() == reflect.Slice}
 		fields := f.Type
 		if t.many {
 			fields = fields.Elem()
 		}
-		for j := range fields.NumField() {
-			t.keys = append(t.keys, fields.Field(j).Tag.Get("toml"))
+		for _, key := range reflect.VisibleFields(fields) {
+			if !key.Anonymous { // what is embedded has its keys in this table
+				t.keys = append(t.keys, key.Tag.Get("toml"))
+			}
 		}
 		tables = append(append(tables, t), tablesIn(t.name, fields)...)
 	}

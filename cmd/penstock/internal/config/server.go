@@ -129,25 +129,10 @@ type rawClients struct {
 }
 
 type rawGroup struct {
-	Name                any `toml:"name"`
-	Label               any `toml:"label"`
-	Open                any `toml:"open"`
-	Pool                any `toml:"pool"`
-	Routes              any `toml:"routes"`
-	NoRoutes            any `toml:"no_routes"`
-	DNS                 any `toml:"dns"`
-	Search              any `toml:"search"`
-	SplitDNS            any `toml:"split_dns"`
-	AllDNS              any `toml:"all_dns"`
-	Banner              any `toml:"banner"`
-	MTU                 any `toml:"mtu"`
-	DPD                 any `toml:"dpd"`
-	Keepalive           any `toml:"keepalive"`
-	Rekey               any `toml:"rekey"`
-	UDP                 any `toml:"udp"`
-	IdleTimeout         any `toml:"idle_timeout"`
-	SessionTimeout      any `toml:"session_timeout"`
-	DisconnectedTimeout any `toml:"disconnected_timeout"`
+	Name  any `toml:"name"`
+	Label any `toml:"label"`
+	Open  any `toml:"open"`
+	rawClients
 }
 
 type rawBan struct {

@@ -250,10 +250,7 @@ func (r *reader) group(at string, raw *rawGroup) (g gateway.Group) {
 	}
 	g.Label, _ = r.text(at+".label", raw.Label, "what users see")
 	g.Open = raw.Open != nil && r.flag(at+".open", raw.Open)
-	g.Profile = r.profile(at, &rawClients{
-		raw.Pool, raw.Routes, raw.NoRoutes, raw.DNS, raw.Search, raw.SplitDNS, raw.AllDNS, raw.Banner, raw.MTU, raw.DPD, raw.Keepalive,
-		raw.Rekey, raw.UDP, raw.IdleTimeout, raw.SessionTimeout, raw.DisconnectedTimeout,
-	})
+	g.Profile = r.profile(at, &raw.rawClients)
 	return g
 }
 
