@@ -58,22 +58,3 @@ func (c *inboundCounters) add(n *inboundCounts) {
 	c.packets.Add(n.packets)
 	c.superpackets.Add(n.superpackets)
 }
-
-func loadStats(out *outboundCounters, in *inboundCounters, t *tooBig) Stats {
-	return Stats{
-		Outbound: OutboundStats{
-			Packets:      out.packets.Load(),
-			Superpackets: out.superpackets.Load(),
-			Segments:     out.segments.Load(),
-			Bytes:        out.bytes.Load(),
-		},
-		Inbound: InboundStats{
-			Segments:     in.segments.Load(),
-			Bytes:        in.bytes.Load(),
-			Packets:      in.packets.Load(),
-			Superpackets: in.superpackets.Load(),
-		},
-		TooBig:    t.messages.Load(),
-		Fragments: t.frags.Load(),
-	}
-}

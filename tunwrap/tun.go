@@ -84,16 +84,10 @@ type TUN struct {
 	batchSize int
 	log       *slog.Logger
 
-	nat    atomic.Pointer[natTable]
-	filter atomic.Pointer[Filter]
 	mtu    atomic.Int64
 	closed atomic.Bool
-	drops  dropCounters
-	tooBig tooBig
 
-	_        [128]byte
-	outbound outboundCounters
-	inbound  inboundCounters
+	common
 
 	readers []*TUNReader
 
@@ -154,21 +148,6 @@ func (t *TUN) Read(bufs [][]byte, sizes []int, offset int) (n int, err error) {
 // BatchSize is that of the TUN.
 func (r *TUNReader) BatchSize() int { return r.t.batchSize }
 
-// SetNAT replaces all NAT rules, also for packets of connections that exist. No rules
-// cost nothing. On an error, which wraps [ErrNATRule], the old ones stay.
-func (t *TUN) SetNAT(rules []NATRule) error {
-	table, err := newNATTable(rules)
-	if err != nil {
-		return err
-	}
-	t.nat.Store(table)
-	return nil
-}
-
-// SetFilter makes f decide which packets pass; nil lets all of them, and costs nothing. A [Wrapper]
-// beside the TUN may have the same.
-func (t *TUN) SetFilter(f *Filter) { t.filter.Store(f) }
-
 // TooBig is [Wrapper.TooBig] with the kernel as the stack: its message goes into the kernel as if it had
 // come through the tunnel, and fragments come out of a later Read.
 func (t *TUN) TooBig(packet []byte, mtu int) {
@@ -187,13 +166,6 @@ func (t *TUN) Capabilities() TUNCapabilities {
 	defer t.mu.Unlock()
 	return t.abilities
 }
-
-// Drops is the number of packets given up so far, by reason.
-func (t *TUN) Drops() Drops { return t.drops.load() }
-
-// Stats is what has been carried so far, the kernel being the stack. The numbers of a Read or
-// Write in progress are not yet in it.
-func (t *TUN) Stats() Stats { return loadStats(&t.outbound, &t.inbound, &t.tooBig) }
 
 // Close takes the interface back, unless it is a persistent one, and makes Read and Write fail with
 // [os.ErrClosed], those that wait included. It does not wait for a Write that is in

@@ -43,17 +43,11 @@ type Wrapper struct {
 	batchSize int
 	log       *slog.Logger
 
-	nat     atomic.Pointer[natTable]
-	filter  atomic.Pointer[Filter]
 	mtu     atomic.Int64
 	closed  atomic.Bool
-	drops   dropCounters
-	tooBig  tooBig
 	writers sync.Pool // of *writer
 
-	_        [128]byte
-	outbound outboundCounters
-	inbound  inboundCounters
+	common
 
 	reader *Reader // of Read
 
@@ -121,20 +115,6 @@ func (w *Wrapper) Write(bufs [][]byte, offset int) (n int, err error) {
 	return len(bufs), nil
 }
 
-// SetNAT replaces all NAT rules, also for packets of connections that exist. No rules
-// cost nothing. On an error, which wraps [ErrNATRule], the old ones stay.
-func (w *Wrapper) SetNAT(rules []NATRule) error {
-	t, err := newNATTable(rules)
-	if err != nil {
-		return err
-	}
-	w.nat.Store(t)
-	return nil
-}
-
-// SetFilter makes f decide which packets pass; nil lets all of them, and costs nothing.
-func (w *Wrapper) SetFilter(f *Filter) { w.filter.Store(f) }
-
 // SetMTU changes what MTU reports and tells it to whoever reads Events. The Link's MTU is
 // its owner's to change.
 func (w *Wrapper) SetMTU(mtu int) {
@@ -196,10 +176,3 @@ func (w *Wrapper) Close() error {
 	}
 	return nil
 }
-
-// Drops is the number of packets given up so far, by reason.
-func (w *Wrapper) Drops() Drops { return w.drops.load() }
-
-// Stats is what has been carried so far. The numbers of a Read or Write in progress are not yet
-// in it.
-func (w *Wrapper) Stats() Stats { return loadStats(&w.outbound, &w.inbound, &w.tooBig) }
