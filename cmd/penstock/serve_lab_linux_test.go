@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -12,7 +11,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -175,20 +173,7 @@ type labProgram struct {
 	cmd  *exec.Cmd
 	done chan struct{}
 
-	mu  sync.Mutex
-	out bytes.Buffer
-}
-
-func (p *labProgram) Write(b []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.out.Write(b)
-}
-
-func (p *labProgram) log() string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.out.String()
+	text // what it has printed
 }
 
 // write makes a file for the server.
@@ -238,7 +223,7 @@ func (l *lab) start(args ...string) *labProgram {
 	l.t.Cleanup(func() {
 		p.stop(syscall.SIGTERM)
 		if l.t.Failed() {
-			l.t.Logf("penstock %v:\n%s", args, p.log())
+			l.t.Logf("penstock %v:\n%s", args, p.String())
 		}
 	})
 	p.await("msg=serving")
@@ -248,14 +233,14 @@ func (l *lab) start(args ...string) *labProgram {
 // await waits until penstock has printed text.
 func (p *labProgram) await(text string) {
 	p.l.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !strings.Contains(p.log(), text); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(20 * time.Second); !strings.Contains(p.String(), text); time.Sleep(10 * time.Millisecond) {
 		select {
 		case <-p.done:
-			p.l.t.Fatalf("penstock has ended:\n%s", p.log())
+			p.l.t.Fatalf("penstock has ended:\n%s", p.String())
 		default:
 		}
 		if time.Now().After(end) {
-			p.l.t.Fatalf("penstock never says %q:\n%s", text, p.log())
+			p.l.t.Fatalf("penstock never says %q:\n%s", text, p.String())
 		}
 	}
 }
@@ -274,7 +259,7 @@ func (p *labProgram) stop(s syscall.Signal) {
 // pin is the server's key as it is printed.
 func (p *labProgram) pin() string {
 	p.await("pin-sha256:")
-	_, rest, _ := strings.Cut(p.log(), "pin-sha256:")
+	_, rest, _ := strings.Cut(p.String(), "pin-sha256:")
 	return "pin-sha256:" + strings.Fields(rest)[0]
 }
 

@@ -450,9 +450,9 @@ func TestServeQuick(t *testing.T) {
 	l := newLab(t)
 	p := l.start("serve", "--quick", "--host", "10.99.0.2", "--state", filepath.Join(l.dir, "quick"))
 	p.await("Ctrl-C")
-	m := regexp.MustCompile(`(?m)^  echo (\S+) \| sudo openconnect (.*)$`).FindStringSubmatch(p.log())
+	m := regexp.MustCompile(`(?m)^  echo (\S+) \| sudo openconnect (.*)$`).FindStringSubmatch(p.String())
 	if m == nil {
-		t.Fatalf("no command in:\n%s", p.log())
+		t.Fatalf("no command in:\n%s", p.String())
 	}
 	args := strings.Fields(m[2])
 	o := stock.ClientOptions{URL: args[0], Input: []string{m[1]}, Args: args[1:]}
