@@ -6,6 +6,7 @@ import (
 	"os"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -113,10 +114,21 @@ func (w *vethPair) up(name string) netlink.Link {
 	return link
 }
 
-// address adds an address without duplicate detection, so that it is usable at once.
+// address adds an address without duplicate detection, and waits until packets to it are taken: for IPv6 the kernel
+// adds the local route later, in a work queue (addrconf_dad_work), but answers neighbours at once.
 func (w *vethPair) address(link netlink.Link, a netip.Addr, bits int) netip.Addr {
 	w.t.Helper()
 	n := &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(bits, a.BitLen())}
 	w.check(netlink.AddrAdd(link, &netlink.Addr{IPNet: n, Flags: unix.IFA_F_NODAD}))
-	return a
+	local := &netlink.Route{Table: unix.RT_TABLE_LOCAL, Dst: hostRoute(a)}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, local, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		w.check(err)
+		if len(routes) > 0 {
+			return a
+		}
+		if time.Now().After(end) {
+			w.t.Fatalf("%v is never there", a)
+		}
+	}
 }
