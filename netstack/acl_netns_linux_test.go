@@ -1,13 +1,9 @@
 package netstack
 
 import (
-	"context"
 	"net"
-	"runtime"
 	"strings"
 	"testing"
-
-	"github.com/vishvananda/netns"
 )
 
 // TestTUNKernelACL: one set of rules, and one table of flows, for the kernel, the stack and the router of a
@@ -16,15 +12,7 @@ func TestTUNKernelACL(t *testing.T) {
 	var client PublicKey
 	w, _, b := tunNet(t, func(w *routerNet, ca, cb *Config) {
 		client = ca.PrivateKey.Public()
-		cb.Router = &RouterConfig{Flow: func(_ context.Context, f Flow) (c net.Conn, err error) {
-			runtime.LockOSThread()
-			defer runtime.UnlockOSThread()
-			if err := netns.Set(w.ns[routerNS]); err != nil {
-				return nil, err
-			}
-			defer netns.Set(w.home)
-			return net.Dial(f.Network, f.Dst.String())
-		}}
+		cb.Router = &RouterConfig{Flow: w.flow(routerNS)}
 		cb.ACL = []ACLRule{
 			{Direction: "in", Peer: client, Protocol: "tcp", Ports: []PortRange{{22, 22}}, To: prefixes("10.66.0.2/32", "fd66::2/128")},
 			{Direction: "in", Protocol: "tcp", Ports: []PortRange{{80, 81}}},
@@ -41,7 +29,7 @@ func TestTUNKernelACL(t *testing.T) {
 		w.greeter(clientNS, port, "a")
 	}
 	l, err := b.Listen("tcp", ":81")
-	w.check(err)
+	w.Check(err)
 	greet(l, "stack")
 
 	for to, want := range map[string]string{
@@ -65,7 +53,7 @@ func TestTUNKernelACL(t *testing.T) {
 	}
 	silent := func(ns int, to string) {
 		t.Helper()
-		w.in(ns, func() {
+		w.On(ns, func() {
 			if c, err := net.DialTimeout("tcp", to, silence); err == nil {
 				c.Close()
 				t.Errorf("%s is reached", to)

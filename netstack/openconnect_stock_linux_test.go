@@ -9,13 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/vishvananda/netns"
 
 	"github.com/penstock-vpn/penstock/netstack/vpntest/stock"
 	"github.com/penstock-vpn/penstock/transport"
@@ -37,10 +34,10 @@ func newStockNet(t *testing.T, o stock.ServerOptions) *stockNet {
 	w := &stockNet{routerNet: newRouterNet(t)}
 	o.Listen = netip.MustParseAddrPort("10.9.1.2:443")
 	o.Users = map[string]string{"ada": "lovelace"}
-	w.in(routerNS, func() {
+	w.On(routerNS, func() {
 		w.server = stock.StartServer(t, o)
 		l, err := net.Listen("tcp", "[::]:7")
-		w.check(err)
+		w.Check(err)
 		t.Cleanup(func() { l.Close() })
 		go func() {
 			for {
@@ -60,15 +57,11 @@ func newStockNet(t *testing.T, o stock.ServerOptions) *stockNet {
 
 // dial makes connections from the client's namespace, whichever goroutine asks.
 func (w *stockNet) dial(ctx context.Context, network, address string) (net.Conn, error) {
-	runtime.LockOSThread()
-	if err := netns.Set(w.ns[clientNS]); err != nil {
+	leave, err := w.Enter(clientNS)
+	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		if netns.Set(w.home) == nil {
-			runtime.UnlockOSThread() // else the thread ends with the goroutine
-		}
-	}()
+	defer leave()
 	c, err := new(net.Dialer).DialContext(ctx, network, address)
 	if err == nil {
 		w.mu.Lock()
@@ -133,9 +126,9 @@ func (w *stockNet) client(t *testing.T, change func(*OpenConnect)) (*Node, *bloc
 		t.Fatal(err)
 	}
 	b := new(blockable)
-	w.in(clientNS, func() {
+	w.On(clientNS, func() {
 		b.PacketConn, err = transport.ListenUDP(netip.MustParseAddrPort("0.0.0.0:0"), transport.SocketOptions{})
-		w.check(err)
+		w.Check(err)
 	})
 	o := &OpenConnect{Login: *login, Connect: openconnect.ConnectOptions{Dialer: openconnect.Dialer{Dial: w.dial}}}
 	if change != nil {

@@ -60,12 +60,12 @@ func (w *routerNet) router(client PublicKey) *routerProcess {
 	t := w.t
 	t.Helper()
 	self, err := os.Executable()
-	w.check(err)
+	w.Check(err)
 	// As a file that nobody may read, too.
 	copied := "/tmp/penstock-router-test-" + fmt.Sprint(os.Getpid())
 	text, err := os.ReadFile(self)
-	w.check(err)
-	w.check(os.WriteFile(copied, text, 0o755))
+	w.Check(err)
+	w.Check(os.WriteFile(copied, text, 0o755))
 	t.Cleanup(func() { os.Remove(copied) })
 	cmd := exec.Command(copied, "-test.run=^TestRouterProcess$", "-test.v=false")
 	cmd.Dir = "/"
@@ -74,10 +74,10 @@ func (w *routerNet) router(client PublicKey) *routerProcess {
 	// Another user than root has no capabilities after exec(2).
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	in, err := cmd.StdinPipe()
-	w.check(err)
+	w.Check(err)
 	out, err := cmd.StdoutPipe()
-	w.check(err)
-	w.in(routerNS, func() { w.check(cmd.Start()) })
+	w.Check(err)
+	w.On(routerNS, func() { w.Check(cmd.Start()) })
 	p := &routerProcess{t: t, in: in, out: bufio.NewReader(out)}
 	t.Cleanup(func() {
 		in.Close()
@@ -87,9 +87,9 @@ func (w *routerNet) router(client PublicKey) *routerProcess {
 		}
 	})
 	line, err := p.out.ReadString('\n')
-	w.check(err)
+	w.Check(err)
 	p.key, err = ParsePublicKey(strings.TrimSpace(line))
-	w.check(err)
+	w.Check(err)
 	return p
 }
 
@@ -110,17 +110,17 @@ func (p *routerProcess) status() (s RouterStatus) {
 // behind a router that runs as nobody.
 func TestRouterEndToEnd(t *testing.T) {
 	w := newRouterNet(t)
-	w.in(routerNS, func() { w.sysctl("net/ipv4/ping_group_range", "0 2147483647") })
+	w.On(routerNS, func() { w.Sysctl("net/ipv4/ping_group_range", "0 2147483647") })
 	key := newKey(t)
 	r := w.router(key.Public())
 	var a *Node
-	w.in(clientNS, func() {
+	w.On(clientNS, func() {
 		a = start(t, Config{
 			PrivateKey: key, Addresses: prefixes("10.66.0.1/24", "fd66::1/64"),
 			Listen: []netip.AddrPort{netip.MustParseAddrPort("10.9.1.1:5182")},
 			Peers:  []Peer{{Name: "router", PublicKey: r.key, Endpoint: "10.9.1.2:5182", AllowedIPs: prefixes("0.0.0.0/0", "::/0")}},
 		})
-		w.check(a.WaitEstablished(within(t, patience), r.key))
+		w.Check(a.WaitEstablished(within(t, patience), r.key))
 		for _, f := range [][3]string{
 			{"tcp", "127.0.0.1:5201", "10.9.2.2:5201"}, {"udp", "127.0.0.1:5201", "10.9.2.2:5201"},
 			{"tcp", "127.0.0.1:5206", "[fd92::2]:5201"}, {"udp", "127.0.0.1:5206", "[fd92::2]:5201"},
@@ -129,15 +129,15 @@ func TestRouterEndToEnd(t *testing.T) {
 			{"udp", "127.0.0.1:5306", "[fd92::2]:53"},
 		} {
 			_, err := a.Forward(f[0], f[1], f[2])
-			w.check(err)
+			w.Check(err)
 		}
 	})
 	t.Run("http", func(t *testing.T) {
 		var l net.Listener
-		w.in(targetNS, func() {
+		w.On(targetNS, func() {
 			var err error
 			l, err = net.Listen("tcp", ":80")
-			w.check(err)
+			w.Check(err)
 		})
 		page := strings.Repeat("a page of the target\n", 50_000)
 		s := http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, q *http.Request) {
@@ -240,11 +240,11 @@ func TestRouterEndToEnd(t *testing.T) {
 // a router that runs as nobody.
 func TestRouterPing(t *testing.T) {
 	w := newRouterNet(t)
-	w.in(routerNS, func() { w.sysctl("net/ipv4/ping_group_range", "0 2147483647") })
+	w.On(routerNS, func() { w.Sysctl("net/ipv4/ping_group_range", "0 2147483647") })
 	key := newKey(t)
 	r := w.router(key.Public())
 	var c *rawClient
-	w.in(clientNS, func() {
+	w.On(clientNS, func() {
 		c = newRawClient(t, key, r.key, netip.MustParseAddrPort("10.9.1.1:5182"), "10.9.1.2:5182")
 	})
 	addr := netip.MustParseAddr
@@ -266,11 +266,11 @@ func TestRouterPing(t *testing.T) {
 		t.Error("no fragments of a reply to a ping of 3,000 bytes")
 	}
 	// Nothing answers in the name of a target that does not.
-	w.in(targetNS, func() { w.sysctl("net/ipv4/icmp_echo_ignore_all", "1") })
+	w.On(targetNS, func() { w.Sysctl("net/ipv4/icmp_echo_ignore_all", "1") })
 	if m, ok := c.askICMP(t, 300*time.Millisecond, echoRequest(addr("10.9.2.2"), 64, false, 4713, 1, nil)); ok {
 		t.Errorf("a target that ignores pings: %+v", m)
 	}
-	w.in(targetNS, func() { w.sysctl("net/ipv4/icmp_echo_ignore_all", "0") })
+	w.On(targetNS, func() { w.Sysctl("net/ipv4/icmp_echo_ignore_all", "0") })
 
 	for _, x := range []struct {
 		name       string
@@ -299,10 +299,10 @@ func TestRouterPing(t *testing.T) {
 
 	// A narrow network behind the router.
 	for ns, name := range map[int]string{routerNS: "right", targetNS: "left"} {
-		w.in(ns, func() {
+		w.On(ns, func() {
 			l, err := netlink.LinkByName(name)
-			w.check(err)
-			w.check(netlink.LinkSetMTU(l, 1280))
+			w.Check(err)
+			w.Check(netlink.LinkSetMTU(l, 1280))
 		})
 	}
 	for name, p := range map[string][]byte{
@@ -323,11 +323,11 @@ func TestRouterPing(t *testing.T) {
 // operator.
 func TestRouterNoPing(t *testing.T) {
 	w := newRouterNet(t)
-	w.in(routerNS, func() { w.sysctl("net/ipv4/ping_group_range", "1 0") })
+	w.On(routerNS, func() { w.Sysctl("net/ipv4/ping_group_range", "1 0") })
 	key := newKey(t)
 	r := w.router(key.Public())
 	var c *rawClient
-	w.in(clientNS, func() {
+	w.On(clientNS, func() {
 		c = newRawClient(t, key, r.key, netip.MustParseAddrPort("10.9.1.1:5182"), "10.9.1.2:5182")
 	})
 	m, ok := c.askICMP(t, 5*time.Second, echoRequest(netip.MustParseAddr("10.9.2.2"), 64, false, 4711, 1, nil))
@@ -380,18 +380,18 @@ func TestRouterPathMTU(t *testing.T) {
 	r := w.router(key.Public())
 	var a *Node
 	var l net.Listener
-	w.in(clientNS, func() {
+	w.On(clientNS, func() {
 		a = start(t, Config{
 			PrivateKey: key, Addresses: prefixes("10.66.0.1/24", "fd66::1/64"),
 			Listen: []netip.AddrPort{netip.MustParseAddrPort("10.9.1.1:5182")},
 			Peers:  []Peer{{Name: "router", PublicKey: r.key, Endpoint: "10.9.1.2:5182", AllowedIPs: prefixes("0.0.0.0/0", "::/0")}},
 		})
-		w.check(a.WaitEstablished(within(t, patience), r.key))
+		w.Check(a.WaitEstablished(within(t, patience), r.key))
 	})
-	w.in(targetNS, func() {
+	w.On(targetNS, func() {
 		var err error
 		l, err = net.Listen("tcp", ":80")
-		w.check(err)
+		w.Check(err)
 	})
 	defer l.Close()
 	go func() {
@@ -414,7 +414,7 @@ func TestRouterPathMTU(t *testing.T) {
 	var conns []net.Conn
 	for _, to := range []string{"10.9.2.2:80", "[fd92::2]:80"} {
 		c, err := a.Dial(within(t, patience), "tcp", to)
-		w.check(err)
+		w.Check(err)
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(patience))
 		conns = append(conns, c)
@@ -430,10 +430,10 @@ func TestRouterPathMTU(t *testing.T) {
 	fetch(255)
 	// IPv6 needs 1,280 inside; 1,400 outside leave 1,334 or so.
 	for ns, name := range map[int]string{clientNS: "right", routerNS: "left"} {
-		w.in(ns, func() {
+		w.On(ns, func() {
 			l, err := netlink.LinkByName(name)
-			w.check(err)
-			w.check(netlink.LinkSetMTU(l, 1400))
+			w.Check(err)
+			w.Check(netlink.LinkSetMTU(l, 1400))
 		})
 	}
 	// Little, since the stack recovers what was under way a segment at a time.

@@ -1,13 +1,11 @@
 package netstack
 
 import (
-	"context"
 	"encoding/json"
 	"io"
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -15,7 +13,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 
 	"github.com/penstock-vpn/penstock/transport"
 )
@@ -43,18 +40,18 @@ func tunNet(t *testing.T, change func(w *routerNet, a, b *Config)) (w *routerNet
 		change(w, &ca, &cb)
 	}
 	node := func(ns int, c Config, name string, routes []netip.Prefix) (n *Node) {
-		w.in(ns, func() {
+		w.On(ns, func() {
 			n = start(t, c)
-			w.address(name, c.Addresses[0].String(), c.Addresses[1].String())
+			w.Up(name, c.Addresses[0].String(), c.Addresses[1].String())
 			l, err := netlink.LinkByName(name)
-			w.check(err)
+			w.Check(err)
 			if l.Attrs().MTU != n.Status().MTU {
 				t.Errorf("the interface's MTU is %d, the node's %d", l.Attrs().MTU, n.Status().MTU)
 			}
 			for _, r := range routes {
 				_, dst, err := net.ParseCIDR(r.String())
-				w.check(err)
-				w.check(netlink.RouteAdd(&netlink.Route{Dst: dst, LinkIndex: l.Attrs().Index}))
+				w.Check(err)
+				w.Check(netlink.RouteAdd(&netlink.Route{Dst: dst, LinkIndex: l.Attrs().Index}))
 			}
 		})
 		return n
@@ -62,23 +59,23 @@ func tunNet(t *testing.T, change func(w *routerNet, a, b *Config)) (w *routerNet
 	b = node(routerNS, cb, "vpn", cb.Peers[0].AllowedIPs)
 	a = node(clientNS, ca, "penstock0", ca.Peers[0].AllowedIPs)
 	for n, peer := range map[*Node]*Node{a: b, b: a} {
-		w.check(n.WaitEstablished(within(t, patience), peer.PublicKey()))
+		w.Check(n.WaitEstablished(within(t, patience), peer.PublicKey()))
 	}
 	return w, a, b
 }
 
 // dial is the kernel's of namespace i.
 func (w *routerNet) dial(i int, to string) (c net.Conn, err error) {
-	w.in(i, func() { c, err = net.DialTimeout("tcp", to, patience) })
+	w.On(i, func() { c, err = net.DialTimeout("tcp", to, patience) })
 	return c, err
 }
 
 // greeter is a service of the kernel's in namespace i.
 func (w *routerNet) greeter(i int, at, name string) {
 	w.t.Helper()
-	w.in(i, func() {
+	w.On(i, func() {
 		l, err := net.Listen("tcp", at)
-		w.check(err)
+		w.Check(err)
 		w.t.Cleanup(func() { l.Close() })
 		greet(l, name)
 	})
@@ -92,7 +89,7 @@ func TestTUNKernel(t *testing.T) {
 	w.greeter(routerNS, ":81", "kernel") // behind the stack's
 	w.greeter(clientNS, ":7", "a")
 	l, err := b.Listen("tcp", ":81")
-	w.check(err)
+	w.Check(err)
 	greet(l, "stack")
 
 	for to, want := range map[string]string{
@@ -144,15 +141,7 @@ func TestTUNKernel(t *testing.T) {
 // them where they belong.
 func TestTUNKernelRouter(t *testing.T) {
 	w, _, b := tunNet(t, func(w *routerNet, _, cb *Config) {
-		cb.Router = &RouterConfig{Flow: func(_ context.Context, f Flow) (c net.Conn, err error) {
-			runtime.LockOSThread()
-			defer runtime.UnlockOSThread()
-			if err := netns.Set(w.ns[routerNS]); err != nil {
-				return nil, err
-			}
-			defer netns.Set(w.home)
-			return net.Dial(f.Network, f.Dst.String())
-		}}
+		cb.Router = &RouterConfig{Flow: w.flow(routerNS)}
 	})
 	w.greeter(targetNS, ":80", "target")
 	w.greeter(routerNS, ":80", "kernel")
@@ -173,7 +162,7 @@ func TestTUNKernelBulk(t *testing.T) {
 	w.start(routerNS, "iperf3", "-s", "-p", "5201")
 	w.await(routerNS, "tcp", 5201)
 	sink, err := b.Listen("tcp", ":9")
-	w.check(err)
+	w.Check(err)
 	go func() {
 		for {
 			c, err := sink.Accept()
@@ -184,7 +173,7 @@ func TestTUNKernelBulk(t *testing.T) {
 		}
 	}()
 	c, err := w.dial(clientNS, "10.66.0.2:9")
-	w.check(err)
+	w.Check(err)
 	defer c.Close()
 	stop := make(chan struct{})
 	written := make(chan int)
@@ -248,7 +237,7 @@ func TestTUNKernelPathMTU(t *testing.T) {
 	w, _, b := tunNet(t, func(w *routerNet, _, cb *Config) {
 		// The node would set it in the namespace that it runs in, which is another here.
 		cb.TUN.MTUChanged = func(mtu int) {
-			w.in(routerNS, func() {
+			w.On(routerNS, func() {
 				l, err := netlink.LinkByName("vpn")
 				if err == nil {
 					err = netlink.LinkSetMTU(l, mtu)
@@ -261,9 +250,9 @@ func TestTUNKernelPathMTU(t *testing.T) {
 	})
 	var serving sync.WaitGroup
 	defer serving.Wait()
-	w.in(routerNS, func() {
+	w.On(routerNS, func() {
 		l, err := net.Listen("tcp", ":80")
-		w.check(err)
+		w.Check(err)
 		t.Cleanup(func() { l.Close() })
 		go func() {
 			for range 2 {
@@ -287,7 +276,7 @@ func TestTUNKernelPathMTU(t *testing.T) {
 	var conns []net.Conn
 	for _, to := range []string{"10.66.0.2:80", "[fd66::2]:80"} {
 		c, err := w.dial(clientNS, to)
-		w.check(err)
+		w.Check(err)
 		defer c.Close()
 		c.SetDeadline(time.Now().Add(patience))
 		conns = append(conns, c)
@@ -303,10 +292,10 @@ func TestTUNKernelPathMTU(t *testing.T) {
 	}
 	fetch(255)
 	for ns, name := range map[int]string{clientNS: "right", routerNS: "left"} {
-		w.in(ns, func() {
+		w.On(ns, func() {
 			l, err := netlink.LinkByName(name)
-			w.check(err)
-			w.check(netlink.LinkSetMTU(l, 1400))
+			w.Check(err)
+			w.Check(netlink.LinkSetMTU(l, 1400))
 		})
 	}
 	fetch(200)
@@ -314,9 +303,9 @@ func TestTUNKernelPathMTU(t *testing.T) {
 	if mtu >= transport.DefaultInnerMTU || mtu < minMTU6 {
 		t.Errorf("the node's MTU is %d", mtu)
 	}
-	w.in(routerNS, func() {
+	w.On(routerNS, func() {
 		l, err := netlink.LinkByName("vpn")
-		w.check(err)
+		w.Check(err)
 		if l.Attrs().MTU != mtu {
 			t.Errorf("the interface's MTU is %d, the node's %d", l.Attrs().MTU, mtu)
 		}
@@ -342,8 +331,8 @@ func TestPortsOverlap(t *testing.T) {
 		}
 	}
 	w := newRouterNet(t)
-	w.in(clientNS, func() {
-		w.sysctl("net/ipv4/ip_local_port_range", "10000 65535")
+	w.On(clientNS, func() {
+		w.Sysctl("net/ipv4/ip_local_port_range", "10000 65535")
 		n := start(t, Config{PrivateKey: newKey(t), Addresses: prefixes("10.66.0.1/32"), TUN: new(TUNConfig)})
 		if got := n.Status().TUN.PortConflict; !strings.Contains(got, "10000 to 65535") {
 			t.Errorf("%q", got)

@@ -55,9 +55,9 @@ func newOracleNet(t *testing.T) *oracleNet {
 	ca.Peers = []Peer{{Name: "b", PublicKey: cb.PrivateKey.Public(), Endpoint: "10.9.2.2:5182", AllowedIPs: prefixes("10.66.0.2/32", "fd66::2/128")}}
 	cb.Peers = []Peer{{Name: "a", PublicKey: ca.PrivateKey.Public(), AllowedIPs: prefixes("10.66.0.1/32", "fd66::1/128", "10.9.1.0/24", "fd91::/64")}}
 	node := func(ns int, c Config) (n *Node) {
-		w.in(ns, func() {
+		w.On(ns, func() {
 			n = start(t, c)
-			w.address("vpn", c.Addresses[0].String(), c.Addresses[1].String())
+			w.Up("vpn", c.Addresses[0].String(), c.Addresses[1].String())
 			for _, p := range c.Peers[0].AllowedIPs {
 				w.route(p.String(), "", "vpn")
 			}
@@ -66,40 +66,40 @@ func newOracleNet(t *testing.T) *oracleNet {
 	}
 	w.b = node(bNS, cb)
 	w.a = node(aNS, ca)
-	w.check(w.a.WaitEstablished(within(t, patience), w.b.PublicKey()))
-	w.check(w.b.WaitEstablished(within(t, patience), w.a.PublicKey()))
-	w.in(behindNS, func() {
+	w.Check(w.a.WaitEstablished(within(t, patience), w.b.PublicKey()))
+	w.Check(w.b.WaitEstablished(within(t, patience), w.a.PublicKey()))
+	w.On(behindNS, func() {
 		w.route("10.66.0.2/32", "10.9.1.2", "right")
 		w.route("fd66::2/128", "fd91::2", "right")
 	})
-	w.in(aNS, func() {
-		w.sysctl("net/ipv4/ip_forward", "1")
-		w.sysctl("net/ipv6/conf/all/forwarding", "1")
+	w.On(aNS, func() {
+		w.Sysctl("net/ipv4/ip_forward", "1")
+		w.Sysctl("net/ipv6/conf/all/forwarding", "1")
 		w.plain("left")
 		w.plain("right")
 	})
-	w.in(bNS, func() { w.plain("left") })
+	w.On(bNS, func() { w.plain("left") })
 	return w
 }
 
 func (w *oracleNet) route(to, via, device string) {
 	w.t.Helper()
 	l, err := netlink.LinkByName(device)
-	w.check(err)
+	w.Check(err)
 	_, dst, err := net.ParseCIDR(to)
-	w.check(err)
+	w.Check(err)
 	r := &netlink.Route{Dst: dst, LinkIndex: l.Attrs().Index}
 	if via != "" {
 		r.Gw = net.ParseIP(via)
 	}
-	w.check(netlink.RouteReplace(r))
+	w.Check(netlink.RouteReplace(r))
 }
 
 // plain has the kernel finish checksums and split superpackets before it gives them to a device.
 func (w *oracleNet) plain(device string) {
 	w.t.Helper()
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	w.check(err)
+	w.Check(err)
 	defer unix.Close(fd)
 	for _, knob := range []uint32{unix.ETHTOOL_STXCSUM, unix.ETHTOOL_STSO, unix.ETHTOOL_SGSO} {
 		value := struct{ cmd, data uint32 }{knob, 0} // struct ethtool_value
@@ -164,8 +164,8 @@ func (w *oracleNet) bulk(from, to int, addr string) {
 	var l net.Listener
 	var c net.Conn
 	var err error
-	w.in(to, func() { l, err = net.Listen("tcp", net.JoinHostPort(addr, "0")) })
-	w.check(err)
+	w.On(to, func() { l, err = net.Listen("tcp", net.JoinHostPort(addr, "0")) })
+	w.Check(err)
 	defer l.Close()
 	received := make(chan error, 1)
 	go func() {
@@ -183,13 +183,13 @@ func (w *oracleNet) bulk(from, to int, addr string) {
 			return err
 		}()
 	}()
-	w.in(from, func() { c, err = net.DialTimeout("tcp", l.Addr().String(), patience) })
-	w.check(err)
+	w.On(from, func() { c, err = net.DialTimeout("tcp", l.Addr().String(), patience) })
+	w.Check(err)
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(patience))
 	_, err = c.Write(data)
-	w.check(err)
-	w.check(c.(*net.TCPConn).CloseWrite())
+	w.Check(err)
+	w.Check(c.(*net.TCPConn).CloseWrite())
 	if err := <-received; err != nil {
 		w.t.Errorf("TCP to %s: %v", addr, err)
 	}
@@ -203,19 +203,19 @@ func (w *oracleNet) runs(from, to int, addr string) {
 	const size, full, tail, sends = 1200, 18, 77, 24
 	var in, out *net.UDPConn
 	var err error
-	w.in(to, func() {
+	w.On(to, func() {
 		in, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(addr), 0)))
 	})
-	w.check(err)
+	w.Check(err)
 	defer in.Close()
-	w.check(in.SetReadBuffer(1 << 20))
-	w.in(from, func() { out, err = net.DialUDP("udp", nil, in.LocalAddr().(*net.UDPAddr)) })
-	w.check(err)
+	w.Check(in.SetReadBuffer(1 << 20))
+	w.On(from, func() { out, err = net.DialUDP("udp", nil, in.LocalAddr().(*net.UDPAddr)) })
+	w.Check(err)
 	defer out.Close()
 	raw, err := out.SyscallConn()
-	w.check(err)
-	w.check(raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size) }))
-	w.check(err)
+	w.Check(err)
+	w.Check(raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size) }))
+	w.Check(err)
 	run := make([]byte, full*size+tail)
 	random := rand.NewChaCha8([32]byte{1})
 	buf := make([]byte, 2*size)
@@ -227,7 +227,7 @@ func (w *oracleNet) runs(from, to int, addr string) {
 			binary.BigEndian.PutUint32(run[i*size+4:], i)
 		}
 		_, err := out.Write(run)
-		w.check(err)
+		w.Check(err)
 		for got := 0; got < full+1; {
 			in.SetReadDeadline(time.Now().Add(time.Second))
 			n, err := in.Read(buf)
@@ -235,7 +235,7 @@ func (w *oracleNet) runs(from, to int, addr string) {
 				lost += full + 1 - got
 				break
 			}
-			w.check(err)
+			w.Check(err)
 			if n < 8 || binary.BigEndian.Uint32(buf) != send {
 				continue
 			}
@@ -270,7 +270,7 @@ func (w *oracleNet) capture(dir, name string, i int, device, way, filter string)
 	}
 	c.cmd = exec.Command(program(w.t, "tcpdump"), append(args, filter)...)
 	c.cmd.Stdout, c.cmd.Stderr = c.out, c.out
-	w.in(i, func() { w.check(c.cmd.Start()) })
+	w.On(i, func() { w.Check(c.cmd.Start()) })
 	w.t.Cleanup(func() {
 		if c.cmd.ProcessState == nil {
 			c.cmd.Process.Kill()
@@ -291,8 +291,8 @@ var droppedByKernel = regexp.MustCompile(`(\d+) packets? dropped by kernel`)
 func (c *capture) stop() {
 	c.w.t.Helper()
 	time.Sleep(100 * time.Millisecond) // the ring's last block
-	c.w.check(c.cmd.Process.Signal(syscall.SIGINT))
-	c.w.check(c.cmd.Wait())
+	c.w.Check(c.cmd.Process.Signal(syscall.SIGINT))
+	c.w.Check(c.cmd.Wait())
 	if m := droppedByKernel.FindStringSubmatch(c.out.String()); m == nil || m[1] != "0" {
 		c.w.t.Logf("%s: the capture is not whole: %s", c.name, c.out.String())
 	}

@@ -9,17 +9,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
-
 	"github.com/penstock-vpn/penstock/cmd/penstock/internal/control"
 	"github.com/penstock-vpn/penstock/netstack/gateway"
+	"github.com/penstock-vpn/penstock/netstack/vpntest/hosts"
 	"github.com/penstock-vpn/penstock/netstack/vpntest/stock"
 )
 
@@ -31,9 +28,8 @@ import (
 // Only the server is between the others, and it does not forward: what the client reaches of
 // the lan it reaches through the VPN. In the lan a web server at port 80 says hello.
 type lab struct {
+	*hosts.Hosts
 	t    *testing.T
-	home netns.NsHandle
-	ns   [3]netns.NsHandle
 	dir  string // for the server, which runs as nobody
 	bin  string // the program, where nobody can read it
 	root bool   // the server is to run as root
@@ -55,92 +51,36 @@ const (
 // newLab makes one; it skips where that cannot be done. The calling goroutine keeps its thread.
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	runtime.LockOSThread()
-	home, err := netns.Get()
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := &lab{t: t, home: home}
-	t.Cleanup(func() {
-		l.check(netns.Set(home))
-		home.Close()
-		runtime.UnlockOSThread()
-	})
-	for i := range l.ns {
-		if l.ns[i], err = netns.New(); err != nil {
-			if os.Getenv("PENSTOCK_REQUIRE_NETNS") == "1" {
-				t.Fatal(err)
-			}
-			t.Skipf("SKIPPED: no network namespace can be made here: %v", err)
-		}
-		t.Cleanup(func() { l.ns[i].Close() })
-	}
-	l.check(netns.Set(home))
+	l := &lab{Hosts: hosts.New(t, 3), t: t}
 	l.join(labClient, labServer, "99")
 	l.join(labServer, labLAN, "98")
-	for i := range l.ns {
-		l.in(i, func() {
-			lo, err := netlink.LinkByName("lo")
-			l.check(err)
-			l.check(netlink.LinkSetUp(lo))
-		})
-	}
-	l.in(labServer, func() { // ping without privileges, for both families
-		l.check(os.WriteFile("/proc/sys/net/ipv4/ping_group_range", []byte("0 2147483647"), 0))
+	l.On(labServer, func() { // ping without privileges, for both families
+		l.Sysctl("net/ipv4/ping_group_range", "0 2147483647")
 	})
+	var err error
 	l.dir, err = os.MkdirTemp("", "penstock-lab")
-	l.check(err)
+	l.Check(err)
 	t.Cleanup(func() { os.RemoveAll(l.dir) })
-	l.check(os.Chmod(l.dir, 0o755))
+	l.Check(os.Chmod(l.dir, 0o755))
 	self, err := os.ReadFile("/proc/self/exe")
-	l.check(err)
+	l.Check(err)
 	l.bin = filepath.Join(l.dir, "penstock")
-	l.check(os.WriteFile(l.bin, self, 0o755))
-	l.check(os.Mkdir(filepath.Join(l.dir, "run"), 0o700))
+	l.Check(os.WriteFile(l.bin, self, 0o755))
+	l.Check(os.Mkdir(filepath.Join(l.dir, "run"), 0o700))
 	for _, path := range []string{l.dir, filepath.Join(l.dir, "run")} {
-		l.check(os.Chown(path, nobody, nobody))
+		l.Check(os.Chown(path, nobody, nobody))
 	}
 	l.serveHello()
 	return l
 }
 
-func (l *lab) check(err error) {
-	l.t.Helper()
-	if err != nil {
-		l.t.Fatal(err)
-	}
-}
-
-// in runs do in a namespace.
-func (l *lab) in(ns int, do func()) {
-	l.t.Helper()
-	l.check(netns.Set(l.ns[ns]))
-	defer func() { l.check(netns.Set(l.home)) }()
-	do()
-}
-
-// join makes a link between two namespaces, the first with .1 and the second with .2 of 10.NET.0.0/24
+// join makes a link between two hosts, the first with .1 and the second with .2 of 10.NET.0.0/24
 // and fdNET::/64.
 func (l *lab) join(a, b int, net string) {
-	name := "veth" + net
-	l.in(a, func() {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = name
-		l.check(netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: name, PeerNamespace: netlink.NsFd(l.ns[b])}))
-	})
-	for i, ns := range []int{a, b} {
-		l.in(ns, func() {
-			link, err := netlink.LinkByName(name)
-			l.check(err)
-			for _, text := range []string{fmt.Sprintf("10.%s.0.%d/24", net, i+1), fmt.Sprintf("fd%s::%d/64", net, i+1)} {
-				a, err := netlink.ParseAddr(text)
-				l.check(err)
-				a.Flags = syscall.IFA_F_NODAD
-				l.check(netlink.AddrAdd(link, a))
-			}
-			l.check(netlink.LinkSetUp(link))
-		})
+	port := func(host, last int) hosts.Port {
+		return hosts.Port{Host: host, Name: "veth" + net, Addrs: []string{fmt.Sprintf("10.%s.0.%d/24", net, last), fmt.Sprintf("fd%s::%d/64", net, last)}}
 	}
+	l.Join(port(a, 1), port(b, 2))
 }
 
 // hello is what the lan's web server says, over and over up to the length that is asked for.
@@ -148,10 +88,10 @@ const hello = "hello from the lan\n"
 
 func (l *lab) serveHello() {
 	var listener net.Listener
-	l.in(labLAN, func() {
+	l.On(labLAN, func() {
 		var err error
 		listener, err = net.Listen("tcp", ":80")
-		l.check(err)
+		l.Check(err)
 	})
 	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n := 1
@@ -179,8 +119,8 @@ type labProgram struct {
 // write makes a file for the server.
 func (l *lab) write(name, text string) string {
 	path := filepath.Join(l.dir, name)
-	l.check(os.WriteFile(path, []byte(text), 0o600))
-	l.check(os.Chown(path, nobody, nobody))
+	l.Check(os.WriteFile(path, []byte(text), 0o600))
+	l.Check(os.Chown(path, nobody, nobody))
 	return path
 }
 
@@ -218,7 +158,7 @@ func (l *lab) start(args ...string) *labProgram {
 	l.t.Helper()
 	p := &labProgram{l: l, cmd: l.command(args...), done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
-	l.in(labServer, func() { l.check(p.cmd.Start()) })
+	l.On(labServer, func() { l.Check(p.cmd.Start()) })
 	go func() { defer close(p.done); p.cmd.Wait() }()
 	l.t.Cleanup(func() {
 		p.stop(syscall.SIGTERM)
@@ -267,7 +207,7 @@ func (p *labProgram) pin() string {
 func (p *labProgram) sessions() (list []gateway.SessionStatus) {
 	p.l.t.Helper()
 	out := p.l.must("", "sessions", "--json")
-	p.l.check(json.Unmarshal([]byte(out), &list))
+	p.l.Check(json.Unmarshal([]byte(out), &list))
 	return list
 }
 
@@ -309,7 +249,7 @@ next:
 
 func (p *labProgram) status() (r control.Report) {
 	p.l.t.Helper()
-	p.l.check(json.Unmarshal([]byte(p.l.must("", "status", "--json")), &r))
+	p.l.Check(json.Unmarshal([]byte(p.l.must("", "status", "--json")), &r))
 	return r
 }
 
@@ -319,7 +259,7 @@ func (l *lab) connect(o stock.ClientOptions) (c *stock.Client) {
 	if o.URL == "" {
 		o.URL = labURL
 	}
-	l.in(labClient, func() { c = stock.StartClient(l.t, o) })
+	l.On(labClient, func() { c = stock.StartClient(l.t, o) })
 	return c
 }
 
@@ -327,7 +267,7 @@ func (l *lab) connect(o stock.ClientOptions) (c *stock.Client) {
 func (l *lab) connectFromLAN(o stock.ClientOptions) (c *stock.Client) {
 	l.t.Helper()
 	o.URL = "https://10.98.0.1:4443"
-	l.in(labLAN, func() { c = stock.StartClient(l.t, o) })
+	l.On(labLAN, func() { c = stock.StartClient(l.t, o) })
 	return c
 }
 
@@ -335,7 +275,7 @@ func (l *lab) connectFromLAN(o stock.ClientOptions) (c *stock.Client) {
 func (l *lab) client(name string, args ...string) (string, error) {
 	var out []byte
 	var err error
-	l.in(labClient, func() { out, err = exec.Command(name, args...).CombinedOutput() })
+	l.On(labClient, func() { out, err = exec.Command(name, args...).CombinedOutput() })
 	return string(out), err
 }
 

@@ -239,13 +239,13 @@ func TestServeStock(t *testing.T) {
 		before := p.session("alice", isConnected)
 		var download *exec.Cmd
 		var got bytes.Buffer
-		l.in(labClient, func() {
+		l.On(labClient, func() {
 			download = exec.Command("curl", "-sS", "--max-time", "30", "--limit-rate", "1M", fmt.Sprintf("http://10.98.0.2/?times=%d", 8<<20/len(hello)))
 			download.Stdout = &got
-			l.check(download.Start())
+			l.Check(download.Start())
 		})
 		time.Sleep(time.Second)
-		l.check(c.Signal(syscall.SIGUSR2)) // lets go of the connection and makes a new one
+		l.Check(c.Signal(syscall.SIGUSR2)) // lets go of the connection and makes a new one
 		defer func() {
 			if err := download.Wait(); err != nil || got.String() != strings.Repeat(hello, 8<<20/len(hello)) {
 				t.Errorf("a download of before: %v, %d bytes", err, got.Len())
@@ -394,12 +394,12 @@ func TestServeTUN(t *testing.T) {
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
 		t.Skip("SKIPPED: ", err)
 	}
-	l.in(labServer, func() {
+	l.On(labServer, func() {
 		for _, name := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
-			l.check(os.WriteFile("/proc/sys/net/"+name, []byte("1"), 0))
+			l.Check(os.WriteFile("/proc/sys/net/"+name, []byte("1"), 0))
 		}
 	})
-	l.in(labLAN, func() { // the way back, so that nothing needs to be masqueraded
+	l.On(labLAN, func() { // the way back, so that nothing needs to be masqueraded
 		for _, args := range [][]string{{"route", "add", "10.97.0.0/24", "via", "10.98.0.1", "metric", "1000"}, {"-6", "route", "add", "fd97::/64", "via", "fd98::1", "metric", "4000"}} {
 			if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
 				t.Fatalf("ip %v: %v\n%s", args, err, out)
@@ -414,7 +414,7 @@ func TestServeTUN(t *testing.T) {
 	if st.TUN == nil || st.TUN.Name != "vpn0" || st.TUN.ToKernel == 0 || st.ACL == nil || st.ACL.Rules[1].Inbound.Packets < 4 {
 		t.Errorf("%+v, %+v", st.TUN, st.ACL)
 	}
-	l.in(labServer, func() {
+	l.On(labServer, func() {
 		link, err := netlink.LinkByName("vpn0")
 		if err != nil || link.Attrs().MTU != 1434 {
 			t.Errorf("%+v, %v", link, err)
@@ -423,7 +423,7 @@ func TestServeTUN(t *testing.T) {
 	if out := l.must("", "kick", "bob"); out != "1 ended\n" {
 		t.Errorf("kick: %q", out)
 	}
-	l.in(labLAN, func() { // bob's interface goes with his client
+	l.On(labLAN, func() { // bob's interface goes with his client
 		for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 			if _, err := netlink.LinkByName(bob.Interface); err != nil || time.Now().After(end) {
 				break
@@ -437,7 +437,7 @@ func TestServeTUN(t *testing.T) {
 		t.Errorf("MTU %d", alice.MTU)
 	}
 	p.stop(syscall.SIGTERM)
-	l.in(labServer, func() {
+	l.On(labServer, func() {
 		if _, err := netlink.LinkByName("vpn0"); err == nil {
 			t.Error("the interface is left behind")
 		}

@@ -23,10 +23,10 @@ func TestServeStockPathMTU(t *testing.T) {
 	l.write("users", "")
 	l.addUser("alice", "correct horse")
 	p := l.start("serve", "-c", "server.toml")
-	l.in(labServer, func() { // what is longer the client may send, and it does not arrive
+	l.On(labServer, func() { // what is longer the client may send, and it does not arrive
 		link, err := netlink.LinkByName("veth99")
-		l.check(err)
-		l.check(netlink.LinkSetMTU(link, 1400))
+		l.Check(err)
+		l.Check(netlink.LinkSetMTU(link, 1400))
 	})
 	c := l.connect(stock.ClientOptions{Pin: p.pin(), User: "alice", Password: "correct horse", Args: []string{"--authgroup", "Default"}})
 	tunnel := c.Connected(40 * time.Second)

@@ -24,7 +24,7 @@ func (l *lab) nft(rules string) {
 	if rules != "" {
 		text += "table inet lab {\n" + rules + "\n}\n"
 	}
-	l.in(labServer, func() {
+	l.On(labServer, func() {
 		cmd := exec.Command("nft", "-f", "-")
 		cmd.Stdin = strings.NewReader(text)
 		if out, err := cmd.CombinedOutput(); err != nil {
@@ -52,9 +52,9 @@ type flow struct {
 // flow starts one.
 func (l *lab) flow(host string) *flow {
 	l.t.Helper()
-	l.in(labLAN, func() {
+	l.On(labLAN, func() {
 		echo, err := net.Listen("tcp", net.JoinHostPort(host, "7"))
-		l.check(err)
+		l.Check(err)
 		l.t.Cleanup(func() { echo.Close() })
 		go func() {
 			c, err := echo.Accept()
@@ -65,10 +65,10 @@ func (l *lab) flow(host string) *flow {
 		}()
 	})
 	f := &flow{l: l, done: make(chan struct{})}
-	l.in(labClient, func() {
+	l.On(labClient, func() {
 		var err error
 		f.conn, err = net.DialTimeout("tcp", net.JoinHostPort(host, "7"), 20*time.Second)
-		l.check(err)
+		l.Check(err)
 	})
 	go func() {
 		defer close(f.done)
@@ -178,9 +178,9 @@ func TestServeStockOutages(t *testing.T) {
 
 	l.sub(t, "client stopped", func(t *testing.T) { // the server asks, and gives it up
 		again(func() {
-			l.check(c.Signal(syscall.SIGSTOP))
+			l.Check(c.Signal(syscall.SIGSTOP))
 			p.session("alice", func(s *gateway.SessionStatus) bool { return !s.Connected })
-			l.check(c.Signal(syscall.SIGCONT))
+			l.Check(c.Signal(syscall.SIGCONT))
 		})
 		same(p.session("alice", isConnected))
 		f.goesOn()
@@ -190,9 +190,9 @@ func TestServeStockOutages(t *testing.T) {
 		again(func() {
 			const gaveUp = "CSTP Dead Peer Detection detected dead peer"
 			n := strings.Count(c.Log(), gaveUp)
-			l.check(p.cmd.Process.Signal(syscall.SIGSTOP))
+			l.Check(p.cmd.Process.Signal(syscall.SIGSTOP))
 			c.Await(40*time.Second, fmt.Sprintf("(?s)(%s.*){%d}", gaveUp, n+1))
-			l.check(p.cmd.Process.Signal(syscall.SIGCONT))
+			l.Check(p.cmd.Process.Signal(syscall.SIGCONT))
 		})
 		same(p.session("alice", isConnected))
 		f.goesOn()

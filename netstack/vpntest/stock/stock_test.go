@@ -5,84 +5,37 @@ package stock
 import (
 	"bytes"
 	"crypto/rand"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
-	"os"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
+	"github.com/penstock-vpn/penstock/netstack/vpntest/hosts"
 )
 
-// two makes two namespaces joined by a veth, 10.99.0.1 and 10.99.0.2, and returns what runs a
-// function in one of them.
-func two(t *testing.T) (in [2]func(do func())) {
+// two makes two hosts, 10.99.0.1 and 10.99.0.2, and returns what runs a function on one of them.
+func two(t *testing.T) (on [2]func(do func())) {
 	t.Helper()
-	runtime.LockOSThread()
-	home, err := netns.Get()
-	if err != nil {
-		t.Fatal(err)
+	h := hosts.New(t, 2)
+	h.Join(
+		hosts.Port{Host: 0, Name: "veth", Addrs: []string{"10.99.0.1/24"}},
+		hosts.Port{Host: 1, Name: "veth", Addrs: []string{"10.99.0.2/24"}},
+	)
+	for i := range on {
+		on[i] = func(do func()) { h.On(i, do) }
 	}
-	check := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Cleanup(func() {
-		netns.Set(home)
-		home.Close()
-		runtime.UnlockOSThread()
-	})
-	var ns [2]netns.NsHandle
-	for i := range ns {
-		if ns[i], err = netns.New(); err != nil {
-			if os.Getenv("PENSTOCK_REQUIRE_NETNS") == "1" {
-				t.Fatal(err)
-			}
-			t.Skipf("SKIPPED: no network namespace can be made here: %v", err)
-		}
-		t.Cleanup(func() { ns[i].Close() })
-		in[i] = func(do func()) {
-			check(netns.Set(ns[i]))
-			defer func() { check(netns.Set(home)) }()
-			do()
-		}
-	}
-	in[0](func() {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = "veth"
-		check(netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "veth", PeerNamespace: netlink.NsFd(ns[1])}))
-	})
-	for i := range ns {
-		in[i](func() {
-			for _, name := range []string{"lo", "veth"} {
-				l, err := netlink.LinkByName(name)
-				check(err)
-				if name == "veth" {
-					a, err := netlink.ParseAddr(fmt.Sprintf("10.99.0.%d/24", i+1))
-					check(err)
-					check(netlink.AddrAdd(l, a))
-				}
-				check(netlink.LinkSetUp(l))
-			}
-		})
-	}
-	return in
+	return on
 }
 
 // The two stock programs carry data between them, over DTLS and without, so a test that pairs
 // one of them with Penstock fails for Penstock's sake.
 func TestStockPair(t *testing.T) {
-	in := two(t)
+	on := two(t)
 	var s *Server
-	in[1](func() {
+	on[1](func() {
 		s = StartServer(t, ServerOptions{
 			Listen: netip.MustParseAddrPort("10.99.0.2:443"), Users: map[string]string{"alice": "correct horse"},
 		})
@@ -92,7 +45,7 @@ func TestStockPair(t *testing.T) {
 		noDTLS bool
 	}{{"DTLS", false}, {"CSTP", true}} {
 		var c *Client
-		in[0](func() {
+		on[0](func() {
 			c = StartClient(t, ClientOptions{URL: s.URL, Pin: s.Pin, User: "alice", Password: "correct horse", NoDTLS: tt.noDTLS})
 		})
 		tunnel := c.Connected(20 * time.Second)
@@ -103,14 +56,14 @@ func TestStockPair(t *testing.T) {
 			t.Errorf("DTLS has %q", tunnel.DTLSSuite)
 		}
 		for _, server := range []string{"10.97.0.1", "fd97::1"} {
-			carries(t, in, server)
+			carries(t, on, server)
 		}
 		c.Stop(syscall.SIGINT)
 		if code := c.Wait(time.Second); code != 0 {
 			t.Errorf("%s: openconnect ends with code %d", tt.name, code)
 		}
 	}
-	in[0](func() {
+	on[0](func() {
 		c := StartClient(t, ClientOptions{URL: s.URL, Pin: s.Pin, User: "alice", Password: "wrong"})
 		if code := c.Wait(20 * time.Second); code == 0 || !strings.Contains(c.Log(), "Login failed") {
 			t.Errorf("with a wrong password openconnect ends with code %d:\n%s", code, c.Log())
@@ -119,13 +72,13 @@ func TestStockPair(t *testing.T) {
 }
 
 // carries sends 4 MB to the server's side and takes them back.
-func carries(t *testing.T, in [2]func(func()), server string) {
+func carries(t *testing.T, on [2]func(func()), server string) {
 	t.Helper()
 	data := make([]byte, 4<<20)
 	rand.Read(data)
 	var l net.Listener
 	var err error
-	in[1](func() { l, err = net.Listen("tcp", net.JoinHostPort(server, "0")) })
+	on[1](func() { l, err = net.Listen("tcp", net.JoinHostPort(server, "0")) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +94,7 @@ func carries(t *testing.T, in [2]func(func()), server string) {
 		}
 	}()
 	var c net.Conn
-	in[0](func() { c, err = net.DialTimeout("tcp", l.Addr().String(), 10*time.Second) })
+	on[0](func() { c, err = net.DialTimeout("tcp", l.Addr().String(), 10*time.Second) })
 	if err != nil {
 		t.Fatal(err)
 	}
