@@ -178,7 +178,7 @@ func startServer(c *config.Server, h *host, log *slog.Logger) (*gateway.Server, 
 		return nil, err
 	}
 	g := gateway.Config{
-		Listen:      c.Listen,
+		Listen: c.Listen, PublicPort: c.PublicPort,
 		Certificate: c.Certificate, Key: c.Key, StateDir: stateFolder(c), Names: c.Names,
 		Users: users, Method: c.Auth.Method, ClientCAs: c.Auth.ClientCA, CertificateUser: c.Auth.CertificateUser,
 		Profile: c.Clients, Groups: c.Groups,
@@ -310,6 +310,9 @@ func serverSummary(w io.Writer, c *config.Server) error {
 		listen = joined(c.Listen)
 	}
 	line("listen", "%s, TCP and UDP", listen)
+	if c.PublicPort != 0 {
+		line("public port", "%d", c.PublicPort)
+	}
 	line("address", "%s", joined(c.Addresses))
 	if c.Certificate != "" {
 		line("certificate", "%s", c.Certificate)

@@ -17,6 +17,9 @@ import (
 type Config struct {
 	// Listen are the addresses for TCP, and for UDP at the same ports. Empty: [::]:443.
 	Listen []netip.AddrPort
+	// PublicPort is the port, of TCP and UDP, by which clients reach the server where that is not
+	// the one it listens on: behind a port mapping, or a balancer. 0: the same.
+	PublicPort int
 
 	// Certificate and Key are PEM files, read again when they change. Without them the
 	// server has a self-signed certificate of its own in StateDir.
@@ -82,6 +85,9 @@ func (c *Config) complete() error {
 		if !l.IsValid() {
 			bad("Listen", l.String(), "an address and port such as [::]:443")
 		}
+	}
+	if c.PublicPort < 0 || c.PublicPort > 65535 {
+		bad("PublicPort", fmt.Sprint(c.PublicPort), "a port, or 0 for that of Listen")
 	}
 	switch {
 	case (c.Certificate == "") != (c.Key == ""):

@@ -204,8 +204,14 @@ func (s *Server) networkOf(a netip.Addr) netip.Prefix {
 	return netip.PrefixFrom(a, a.BitLen())
 }
 
-// portOf is the UDP port for a client: that by which it has come, where there are several.
-func (s *Server) portOf(*openconnect.Client) int {
+// portOf is the UDP port that a client is told: that by which it has come, where there are several.
+func (s *Server) portOf(c *openconnect.Client) int {
+	if s.cfg.PublicPort != 0 {
+		return s.cfg.PublicPort
+	}
+	if p := c.Local.Port(); p != 0 {
+		return int(p)
+	}
 	return int(s.Addrs()[0].Port())
 }
 
@@ -327,7 +333,7 @@ func (s *Server) Command(host, user string) string {
 	if s.SelfSigned() {
 		b.WriteString(" --servercert " + s.Pin())
 	}
-	port := s.Addrs()[0].Port()
+	port := s.portOf(&openconnect.Client{})
 	if strings.Contains(host, ":") {
 		host = "[" + host + "]"
 	}

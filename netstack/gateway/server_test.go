@@ -42,6 +42,38 @@ func TestServer(t *testing.T) {
 	}
 }
 
+// TestPorts: a client's UDP goes to the port by which it has come, or to the one that the operator names.
+func TestPorts(t *testing.T) {
+	cfg := testConfig(t)
+	cfg.Listen = append(cfg.Listen, netip.MustParseAddrPort("[::1]:0"))
+	s := startServer(t, cfg)
+	port := func(s *Server, host string) int {
+		t.Helper()
+		login := signInAs(t, s, "alice", "secret")
+		login.Host = host
+		tunnel, err := openconnect.Connect(within(t, 20*time.Second), login, openconnect.ConnectOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tunnel.Conn.Close()
+		return tunnel.Settings.DTLSPort
+	}
+	for _, a := range s.Addrs() {
+		if got := port(s, a.String()); got != int(a.Port()) {
+			t.Errorf("a client that comes by %v sends UDP to port %d", a, got)
+		}
+	}
+	cfg = testConfig(t)
+	cfg.PublicPort = 443
+	s = startServer(t, cfg)
+	if got := port(s, s.Addrs()[0].String()); got != 443 {
+		t.Errorf("behind a port mapping UDP goes to port %d", got)
+	}
+	if c := s.Command("vpn.example.net", ""); !strings.HasSuffix(c, "https://vpn.example.net") {
+		t.Errorf("behind a port mapping: %s", c)
+	}
+}
+
 // TestCookie: whoever has it gets the same addresses again, after a lost connection and beside a living one; an
 // unknown one gets nobody in.
 func TestCookie(t *testing.T) {

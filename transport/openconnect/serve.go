@@ -5,6 +5,7 @@ import (
 	"html"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"strings"
@@ -39,6 +40,9 @@ func clientOf(r *http.Request) *Client {
 	c := &Client{UserAgent: cut(clean(r.UserAgent())), Device: deviceOf(r.Header)}
 	if remote, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		c.Remote = netip.AddrPortFrom(remote.Addr().Unmap(), remote.Port())
+	}
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok {
+		c.Local = netip.AddrPortFrom(local.AddrPort().Addr().Unmap(), local.AddrPort().Port())
 	}
 	if r.TLS != nil {
 		c.ServerName = r.TLS.ServerName

@@ -15,6 +15,7 @@ import (
 // more than hearsay.
 type Client struct {
 	Remote      netip.AddrPort
+	Local       netip.AddrPort    // of the server, where the client's connection has come
 	Certificate *x509.Certificate // verified against the server's CAs; nil when there is none
 	ServerName  string            // of the TLS handshake (SNI)
 	UserAgent   string

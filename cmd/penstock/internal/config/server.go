@@ -13,6 +13,7 @@ type Server struct {
 	File string
 
 	Listen           []netip.AddrPort // TCP and UDP; empty: [::]:443
+	PublicPort       int              // by which clients reach it; 0: the same
 	Certificate, Key string           // files; empty: self-signed
 	State            string           // folder; empty: the default
 	Names            []string         // by which clients call the server
@@ -80,6 +81,7 @@ type rawServerFile struct {
 
 type rawServer struct {
 	Listen         any `toml:"listen"`
+	PublicPort     any `toml:"public_port"`
 	Certificate    any `toml:"certificate"`
 	Key            any `toml:"key"`
 	State          any `toml:"state"`

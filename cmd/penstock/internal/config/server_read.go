@@ -114,6 +114,7 @@ const (
 
 func (r *reader) server(c *Server, raw *rawServer) {
 	c.Listen = r.listenAt("server.listen", raw.Listen, wantServerListen)
+	c.PublicPort = int(r.integer("server.public_port", raw.PublicPort, 1, 65535))
 	c.Certificate, _ = r.text("server.certificate", raw.Certificate, "the path of a PEM file")
 	c.Key, _ = r.text("server.key", raw.Key, "the path of a PEM file")
 	if (raw.Certificate == nil) != (raw.Key == nil) {

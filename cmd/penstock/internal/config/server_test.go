@@ -17,6 +17,7 @@ import (
 const wholeServer = `
 [server]
 listen = ["0.0.0.0:443", "[::]:443"]
+public_port = 8443
 certificate = "cert.pem"
 key = "key.pem"
 state = "state"
@@ -130,6 +131,7 @@ func TestWholeServer(t *testing.T) {
 	want := &Server{
 		File:        "server.toml",
 		Listen:      []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:443"), netip.MustParseAddrPort("[::]:443")},
+		PublicPort:  8443,
 		Certificate: "cert.pem", Key: "key.pem", State: "state", Names: []string{"vpn.example.net", "192.0.2.1"}, ID: "a",
 		Addresses: prefixes("10.9.0.1/22", "fd09::1/64"), MTU: 1400, MaxClients: 500, MaxPerUser: 3, ClientToClient: true,
 		Socket: "a.sock", LogLevel: -4, LogFormat: "json",
@@ -186,16 +188,17 @@ func TestServerMistakes(t *testing.T) {
 			"s.toml: server.address: is missing; expected an address inside the VPN",
 			"s.toml: auth.users: is missing; expected the path of the users' file",
 			"s.toml: clients.pool: is missing; expected a prefix or a range"}},
-		{"server", "[server]\nlisten = \"443\"\nadress = \"10.9.0.1\"\naddress = \"10.9.0\"\nkey = \"k\"\nname = \"a b\"\nmax_clients = 0\ndevice = \"tap\"\n[auth]\nusers = 1\n[clients]\npool = 7\n", []string{
+		{"server", "[server]\nlisten = \"443\"\nadress = \"10.9.0.1\"\naddress = \"10.9.0\"\nkey = \"k\"\nname = \"a b\"\nmax_clients = 0\npublic_port = 65536\ndevice = \"tap\"\n[auth]\nusers = 1\n[clients]\npool = 7\n", []string{
 			`s.toml:2: server.listen: "443" is not an address and a port`,
 			`s.toml:3: server: unknown key "adress"; expected address`,
 			`s.toml:4: server.address: "10.9.0" is not an address`,
 			`s.toml:5: server.certificate: is missing; expected certificate and key together`,
 			`s.toml:6: server.name: "a b" is neither a name nor an address`,
 			`s.toml:7: server.max_clients: is 0; expected a whole number from 1`,
-			`s.toml:8: server.device: "tap" is no device`,
-			`s.toml:10: auth.users: is an integer`,
-			`s.toml:12: clients.pool: is an integer`}},
+			`s.toml:8: server.public_port: is 65536; expected a whole number from 1 to 65535`,
+			`s.toml:9: server.device: "tap" is no device`,
+			`s.toml:11: auth.users: is an integer`,
+			`s.toml:13: clients.pool: is an integer`}},
 		{"auth", good + "[store]\nengine = \"etcd\"\n", []string{`s.toml:8: store.engine: "etcd" is no engine; expected "memory", "bbolt" or "redis"`}},
 		{"certificates", strings.Replace(good, "users =", "method = \"certificate\"\ncertificate_user = \"serial\"\nusers =", 1), []string{
 			`s.toml:3: auth.client_ca: is missing; expected the path of a PEM file`,
