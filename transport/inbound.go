@@ -366,6 +366,7 @@ func (in *inbound) find(known *peer, wide bool, at path, hdr recordHeader, recor
 				return 0, true
 			}
 			copy(record, copied)
+			in.release(at) // two pumps that meet associations in another order would wait for each other
 		}
 	}
 	return DropUnknownRemote, false
