@@ -21,6 +21,10 @@ const (
 	// pion keeps every fragment it cannot use yet, up to 2 MB (fragmentBufferMaxSize), so
 	// the bound must be here. 25 retransmissions of a flight are 35 KiB.
 	maxHandshakeBytes = 64 << 10
+	// fragmentCharge is the least that a handshake fragment takes of that. With every record pion goes anew through
+	// all the fragments of the message that it waits for, each of which leads it through the others: 64 KiB in crumbs of a byte
+	// took it two seconds. Stock software sends none smaller but those that are whole or last.
+	fragmentCharge = 128
 	// maxEarlyBytes bounds the application records kept until the agreement is handed
 	// over: one whole receive of a peer that begins to send at once.
 	maxEarlyBytes = 64 << 10
@@ -112,10 +116,10 @@ func (c *handshakeConn) push(datagram []byte) bool {
 			taken = c.keepEarly(hdr, record) || taken
 		case c.admits(hdr, record):
 			if len(c.ends) == maxQueuedDatagrams || len(c.queue)+len(record) > maxQueuedBytes ||
-				len(c.queue)-start+len(record) > maxHandshakeDatagram || len(record) > c.budget {
+				len(c.queue)-start+len(record) > maxHandshakeDatagram || charge(hdr, record) > c.budget {
 				continue
 			}
-			c.budget -= len(record)
+			c.budget -= charge(hdr, record)
 			c.queue = append(c.queue, record...)
 			taken = true
 		}
@@ -125,6 +129,18 @@ func (c *handshakeConn) push(datagram []byte) bool {
 		c.arrived.Signal()
 	}
 	return taken
+}
+
+// charge is what a record takes of the budget of a handshake. It borrows record.
+func charge(hdr recordHeader, record []byte) int {
+	fragments := 0
+	if hdr.typ == contentHandshake && hdr.epoch == 0 {
+		// Cut as pion cuts them: by the length of the message, which an incomplete fragment has not.
+		for body := record[recordHeaderSize:]; len(body) >= handshakeHeaderSize; fragments++ {
+			body = body[min(handshakeHeaderSize+uint24(body[1:]), len(body)):]
+		}
+	}
+	return max(len(record), fragmentCharge*max(fragments, 1))
 }
 
 // admits tells whether pion sees the record. Each condition stands for something that

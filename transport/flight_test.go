@@ -64,6 +64,36 @@ func TestPushCopiesAndFilters(t *testing.T) {
 	}
 }
 
+// Crumbs are dear: pion takes a time that grows with the cube of their number.
+func TestFragmentsAreBounded(t *testing.T) {
+	fragment := func(length, inHere int) []byte {
+		f := []byte{16, 0, byte(length >> 8), byte(length), 0, 1, 0, 0, 0, 0, byte(inHere >> 8), byte(inHere)}
+		return append(f, make([]byte, inHere)...)
+	}
+	for name, body := range map[string][]byte{
+		"a byte of a message":            fragment(5000, 1),
+		"many messages without anything": bytes.Repeat(fragment(0, 0), 40),
+		"a header cut short":             {16, 0, 0},
+	} {
+		c := silentConn()
+		buf := make([]byte, maxHandshakeDatagram)
+		fragments := 0
+		for seq := uint64(0); ; seq++ {
+			d := append(appendRecordHeader(nil, contentHandshake, versionDTLS12, 0, seq, len(body)), body...)
+			if !c.push(d) {
+				break
+			}
+			fragments += max(len(body)/len(fragment(0, 0)), 1)
+			if _, err := c.Read(buf); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if fragments == 0 || fragments > maxHandshakeBytes/fragmentCharge {
+			t.Errorf("%s: %d fragments in one handshake", name, fragments)
+		}
+	}
+}
+
 // The queue is bounded in datagrams and in bytes, and the handshake in bytes over its life.
 func TestPushIsBounded(t *testing.T) {
 	buf := make([]byte, maxHandshakeDatagram)
