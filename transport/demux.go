@@ -77,7 +77,7 @@ func (t *Transport) abandonCause(pend *pending) error {
 // nil, of who may prove to be a peer. Under load a stranger first gets a cookie that costs no memory.
 func (t *Transport) accept(at path, d []byte, hello *helloInfo, known bool, session *Session) {
 	proven := !known && t.helloVerifier.isAdmitted(at.remote)
-	if !known && !proven && session == nil && t.halfOpen.underLoad() {
+	if !known && !proven && session == nil && t.halfOpen.underLoad(at.remote) {
 		t.challenge(&at, hello)
 		return
 	}

@@ -105,40 +105,51 @@ func (h *halfOpenTable) get(remote netip.AddrPort) *pending {
 }
 
 // addCall enters a handshake that we start. Ours are not limited: there is at
-// most one for every peer configured.
+// most one for every peer configured. It takes the place of one that was begun in the remote's name and has shown for a while
+// no sign of being the remote's: else a hello forged now and then would keep us from ever calling.
 func (h *halfOpenTable) addCall(remote netip.AddrPort, p *pending) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.m[remote] != nil {
-		return errBusy
+	if other := h.m[remote]; other != nil {
+		if !h.isDoubtfulLocked(other) {
+			return errBusy
+		}
+		h.removeLocked(remote, other)
+		other.abandon(errReplaced)
 	}
 	p.started = time.Now()
 	h.m[remote] = p
 	return nil
 }
 
-// underLoad tells whether strangers have to prove their address before any
-// state is made for them: half the table is taken by addresses not proven, or hellos come fast.
-func (h *halfOpenTable) underLoad() bool {
+// isDoubtfulLocked tells whether p may well be a forger's: the remote was answered long since and has not come back.
+func (h *halfOpenTable) isDoubtfulLocked(p *pending) bool {
+	return p.callee == nil && p.agreement == nil && !p.proved && p.queue != h.proven && time.Since(p.started) > helloPatience
+}
+
+// underLoad tells whether a stranger at remote has to prove its address before any
+// state is made for it: half the table is taken by addresses not proven, hellos come fast, or its source has all that it may,
+// which a forger may have taken in its name.
+func (h *halfOpenTable) underLoad(remote netip.AddrPort) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.unproven.Len() >= h.max/2 || h.limiter.Tokens() < helloRate/4
+	return h.unproven.Len() >= h.max/2 || h.limiter.Tokens() < helloRate/4 || h.sources[sourceOf(remote.Addr())] >= h.perSource
 }
 
 // addServed enters a handshake that the remote has started. known says that a
 // peer is established at the address: then the limit per source is not for it. proven says
-// that the address is no forgery: then the rate is not.
+// that the address is no forgery: then the rate is not, and the limit per source is kept by giving up an older one.
 func (h *halfOpenTable) addServed(remote netip.AddrPort, p *pending, known, proven bool) (drop DropReason, ok bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p.started, p.source = time.Now(), sourceOf(remote.Addr())
-	if !known && h.sources[p.source] >= h.perSource {
+	if !known && h.sources[p.source] >= h.perSource && !(proven && h.evictLocked(p.source)) {
 		return DropHalfOpen, false
 	}
 	if !known && !proven && !h.limiter.AllowN(p.started, 1) {
 		return DropHalfOpenRate, false
 	}
-	if h.unproven.Len()+h.proven.Len()+h.trusted.Len() >= h.max && !h.evictLocked() {
+	if h.unproven.Len()+h.proven.Len()+h.trusted.Len() >= h.max && !h.evictLocked(netip.Prefix{}) {
 		return DropHalfOpen, false
 	}
 	h.m[remote] = p
@@ -166,19 +177,23 @@ func (h *halfOpenTable) dequeueLocked(p *pending) {
 	}
 }
 
-func (h *halfOpenTable) evictLocked() bool {
-	oldest := h.unproven.Front()
-	if oldest == nil {
-		oldest = h.proven.Front()
+// evictLocked gives up the oldest handshake of a source, or of any for the zero Prefix, that is not proven, else the
+// oldest that is. It reports false if there is none. Within a source what is proven has its moment: else whoever
+// receives there could begin as many a second as he likes.
+func (h *halfOpenTable) evictLocked(source netip.Prefix) bool {
+	for _, queue := range [...]*list.List{h.unproven, h.proven} {
+		for e := queue.Front(); e != nil; e = e.Next() {
+			remote := e.Value.(netip.AddrPort)
+			victim := h.m[remote]
+			if source.IsValid() && (victim.source != source || queue == h.proven && time.Since(victim.started) < helloPatience) {
+				continue
+			}
+			h.removeLocked(remote, victim)
+			victim.abandon(errEvicted)
+			return true
+		}
 	}
-	if oldest == nil {
-		return false
-	}
-	remote := oldest.Value.(netip.AddrPort)
-	victim := h.m[remote]
-	h.removeLocked(remote, victim)
-	victim.abandon(errEvicted)
-	return true
+	return false
 }
 
 // maxSessionHandshakes is how many a session may have half open: one that goes on, one

@@ -174,3 +174,77 @@ func TestSecondHelloWithoutAFirst(t *testing.T) {
 	tr.cancel()
 	tr.wg.Wait()
 }
+
+// A hello forged in the name of a peer that we want to call does not keep us from it for long.
+func TestCallTakesThePlaceOfADoubtfulOne(t *testing.T) {
+	h := newHalfOpenTable(4, 4)
+	remote := remoteNumber(1)
+	for name, c := range map[string]struct {
+		proven, proved, young, completed bool
+		taken                            bool
+	}{
+		"forged, perhaps":      {taken: true},
+		"just begun":           {young: true},
+		"echoes pion's cookie": {proved: true},
+		"was admitted":         {proven: true},
+		"is complete":          {completed: true},
+	} {
+		served, call := pendingOne(), pendingOne()
+		var given error
+		served.abandon = func(err error) { given = err }
+		h.addServed(remote, served, false, c.proven)
+		if !c.young {
+			served.started = served.started.Add(-2 * helloPatience)
+		}
+		if c.proved {
+			h.prove(remote, served)
+		}
+		if c.completed {
+			h.completed(remote, served, completed(false))
+		}
+		err := h.addCall(remote, call)
+		if taken := err == nil && h.get(remote) == call && given != nil; taken != c.taken || !taken && h.get(remote) != served {
+			t.Errorf("%s: %v, served one ended by %v", name, err, given)
+		}
+		h.remove(remote, served)
+		h.remove(remote, call)
+	}
+	if n := h.unproven.Len() + h.proven.Len() + len(h.m) + len(h.sources); n != 0 {
+		t.Errorf("%d entries left behind", n)
+	}
+}
+
+// A source that has all it may, perhaps by forgeries, still gets in once it has shown that it receives there.
+func TestAFullSourceIsAskedForACookie(t *testing.T) {
+	h := newHalfOpenTable(100, 3)
+	at := func(port int) netip.AddrPort { return netip.AddrPortFrom(remoteNumber(1).Addr(), uint16(port)) }
+	h.addServed(remoteNumber(2), pendingOne(), false, false)
+	for port := range 3 {
+		if h.underLoad(at(1)) {
+			t.Fatalf("with %d of 3", port)
+		}
+		h.addServed(at(port), pendingOne(), false, false)
+	}
+	if !h.underLoad(at(1)) || h.underLoad(remoteNumber(2)) {
+		t.Error("not the full source alone is asked")
+	}
+	if _, ok := h.addServed(at(10), pendingOne(), false, false); ok {
+		t.Error("more than a source may have")
+	}
+	for i := range 3 {
+		if _, ok := h.addServed(at(20+i), pendingOne(), false, true); !ok {
+			t.Fatalf("one that is proven was refused after %d", i)
+		}
+	}
+	if _, ok := h.addServed(at(23), pendingOne(), false, true); ok {
+		t.Error("what is proven has lost its place at once")
+	}
+	first := h.get(at(20))
+	first.started = first.started.Add(-2 * helloPatience)
+	if _, ok := h.addServed(at(23), pendingOne(), false, true); !ok || h.get(at(20)) != nil {
+		t.Error("what is proven has kept its place for ever")
+	}
+	if h.len() != 4 || h.get(remoteNumber(2)) == nil {
+		t.Errorf("%d in the table", h.len())
+	}
+}

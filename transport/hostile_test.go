@@ -138,10 +138,39 @@ func TestHelloesFromOneSource(t *testing.T) {
 		from := netip.AddrPortFrom(netip.MustParseAddr(fmt.Sprintf("2001:db8::%x", i)), uint16(i+1))
 		net.deliver(from, netip.MustParseAddrPort("192.0.2.2:2000"), d)
 	}
-	eventually(t, "the excess is counted", func() bool { return b.drops[DropHalfOpen].Load() >= 200-defaultMaxHalfOpenPerSource })
+	eventually(t, "the excess is answered by cookies", func() bool { return b.drops[DropChallenged].Load() >= 200-defaultMaxHalfOpenPerSource })
 	if half := b.Status().HalfOpen; half > defaultMaxHalfOpenPerSource {
 		t.Errorf("%d half-open handshakes of one /64", half)
 	}
+}
+
+// Forged hellos keep us from calling neither in the name of the peer nor, at the peer, from other ports of ours.
+func TestForgedHellosKeepNobodyOut(t *testing.T) {
+	hello := captureHello(t)
+	net, a, b, _, _ := pair(t, Timing{})
+	here, there := netip.MustParseAddrPort("192.0.2.1:1000"), netip.MustParseAddrPort("192.0.2.2:2000")
+	delayed(net, 20*time.Millisecond)
+	forge := forger(hello)
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		for i := uint32(0); ; i++ {
+			_, d := forge(i)
+			net.deliver(there, here, d)
+			net.deliver(netip.AddrPortFrom(here.Addr(), uint16(5000+i%40)), there, d)
+			select {
+			case <-stop:
+				return
+			case <-time.After(5 * time.Millisecond):
+			}
+		}
+	}()
+	eventually(t, "the forgeries are half open", func() bool {
+		return a.Status().HalfOpen == 1 && b.Status().HalfOpen == defaultMaxHalfOpenPerSource
+	})
+	b.knows(t, a, "")
+	a.knows(t, b, there.String())
+	eventually(t, "established", func() bool { return established(a) && established(b) })
 }
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
