@@ -144,14 +144,13 @@ func (t *Transport) dialTargets(ctx context.Context, p *peer) ([]netip.AddrPort,
 
 // call runs one handshake as the DTLS client and installs what comes of it.
 func (t *Transport) call(ctx context.Context, p *peer, remote netip.AddrPort) error {
-	conn := t.socketFor(remote)
-	if conn == nil {
+	at := t.wayTo(p, remote)
+	if at == nil {
 		return errors.New("no socket of ours reaches it")
 	}
-	at := &path{conn: conn, remote: remote}
 	ctx, abandon := context.WithCancelCause(ctx)
 	defer abandon(nil)
-	hc := newHandshakeConn(conn.LocalAddr(), remote, func(d []byte) { t.sendDatagram(at, d) })
+	hc := newHandshakeConn(at.conn.LocalAddr(), remote, func(d []byte) { t.sendDatagram(at, d) })
 	pend := &pending{conn: hc, callee: p, abandon: abandon}
 	if err := t.halfOpen.addCall(remote, pend); err != nil {
 		hc.Close()
@@ -166,6 +165,19 @@ func (t *Transport) call(ctx context.Context, p *peer, remote netip.AddrPort) er
 		return err
 	}
 	return t.install(p, s, at)
+}
+
+// wayTo is how p is called at remote. Where it is heard from there that is the way by which it comes: another address of
+// ours it may not be able to answer, and if it can it would move there. Who is silent is called by whatever way the routing table has now.
+func (t *Transport) wayTo(p *peer, remote netip.AddrPort) *path {
+	if at := p.livePath(); at != nil && at.remote == remote {
+		return at
+	}
+	conn := t.socketFor(remote)
+	if conn == nil {
+		return nil
+	}
+	return &path{conn: conn, remote: remote}
 }
 
 // handshakeCause turns the end of a handshake's context into words.

@@ -278,7 +278,7 @@ func (p *peer) roam(a *association, to *path) {
 	if p.stopped || *from == *to {
 		return
 	}
-	if from.remote == to.remote && from.conn == to.conn { // only our own address is another
+	if from.remote == to.remote { // only our own address or socket is another
 		a.path.Store(to)
 		return
 	}
@@ -293,6 +293,24 @@ func (p *peer) roam(a *association, to *path) {
 		p.t.log.Info("peer moved", "peer", p.name, "from", from.remote, "to", to.remote)
 	}
 	p.wakeLocked()
+}
+
+// livePath is the way by which p is heard, nil if it is not.
+func (p *peer) livePath() *path {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	a := p.slots.Load().current
+	if a == nil {
+		return nil
+	}
+	alive := p.t.clock.now()-p.lastInbound.Load() < int64(p.timing.DPDTimeout)
+	if p.session != nil {
+		alive = p.session.watch.alive
+	}
+	if !alive {
+		return nil
+	}
+	return a.path.Load()
 }
 
 // reclaim makes the inbound pumps find p where a is, after another peer was heard from there.

@@ -315,16 +315,20 @@ func (t *Transport) knownPeer(k PublicKey) error {
 	return nil
 }
 
-// socketFor picks the first socket whose family reaches remote.
+// socketFor picks the first socket of remote's family, else the first that takes both. A socket on [::] may be for IPv6
+// alone and does not show it; then there is one for IPv4 beside it.
 func (t *Transport) socketFor(remote netip.AddrPort) PacketConn {
+	var both PacketConn
 	for _, c := range t.conns {
 		local := c.LocalAddr().Addr()
-		dual := local.Is6() && !local.Is4In6() && local.IsUnspecified()
-		if local.Is4() == remote.Addr().Is4() || dual {
+		switch {
+		case local.Is4() == remote.Addr().Is4():
 			return c
+		case both == nil && local.Is6() && local.IsUnspecified():
+			both = c
 		}
 	}
-	return nil
+	return both
 }
 
 // reportMTU tells the owner when the smallest inner MTU over all established peers has
