@@ -9,10 +9,12 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -22,6 +24,10 @@ import (
 // TestMain lets the scripts run this program as "penstock": the test binary is
 // installed under that name and calls the real run.
 func TestMain(m *testing.M) {
+	if filepath.Base(os.Args[0]) != "penstock" {
+		// Under nohup the programs that tests start would inherit that SIGHUP is ignored, and honour it.
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	}
 	testscript.Main(m, map[string]func(){
 		"penstock": func() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) },
 	})
