@@ -54,7 +54,7 @@ func (k *connection) tunnel(ctx context.Context, up context.CancelFunc, signals 
 	if err != nil {
 		return errors.Join(k.explained(err), c.close())
 	}
-	manager := notifyReady(c.node.Status, log)
+	manager := notifyReady(func() string { return nodeLine(c.node.Status()) }, log)
 	var failure error
 	select {
 	case s := <-signals:
@@ -64,7 +64,7 @@ func (k *connection) tunnel(ctx context.Context, up context.CancelFunc, signals 
 		failure = fmt.Errorf("the tunnel to %s has ended: %w", k.host, err)
 	}
 	manager.closing()
-	if err := finishAfter(c.hostClosed, c.close, signals); err != nil {
+	if err := finish(c.hostClosed, c.close, signals); err != nil {
 		return errors.Join(failure, err)
 	}
 	log.Info("closed")

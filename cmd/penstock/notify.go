@@ -8,9 +8,10 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 
 	"github.com/penstock-vpn/penstock/netstack"
+	"github.com/penstock-vpn/penstock/netstack/gateway"
 )
 
-// notifyEvery is how often the service manager is told how many peers there are, if its watchdog does not
+// notifyEvery is how often the service manager is told how many peers or clients there are, if its watchdog does not
 // want to hear more often.
 const notifyEvery = 5 * time.Second
 
@@ -22,11 +23,11 @@ type serviceManager struct {
 	stopped chan struct{}
 }
 
-// notifyReady tells that the node is up, and from then on how it fares, until closing is called. The
+// notifyReady tells that the node is up, and from then on how it fares, a line each time, until closing is called. The
 // watchdog hears of every look at the node that came to an end: a node that is stuck is not heard of.
-func notifyReady(status func() netstack.Status, log *slog.Logger) *serviceManager {
+func notifyReady(line func() string, log *slog.Logger) *serviceManager {
 	m := &serviceManager{log: log, stop: make(chan struct{}), stopped: make(chan struct{})}
-	text := statusLine(status())
+	text := line()
 	if !m.send(daemon.SdNotifyReady + "\nSTATUS=" + text) {
 		close(m.stopped)
 		return m
@@ -37,12 +38,12 @@ func notifyReady(status func() netstack.Status, log *slog.Logger) *serviceManage
 	} else if limit > 0 {
 		every, message = min(every, limit/3), daemon.SdNotifyWatchdog+"\n"
 	}
-	go m.keepTelling(status, every, message, text)
+	go m.keepTelling(line, every, message, text)
 	return m
 }
 
 // keepTelling sends message, and the state whenever it has changed from last.
-func (m *serviceManager) keepTelling(status func() netstack.Status, every time.Duration, message, last string) {
+func (m *serviceManager) keepTelling(line func() string, every time.Duration, message, last string) {
 	defer close(m.stopped)
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -52,7 +53,7 @@ func (m *serviceManager) keepTelling(status func() netstack.Status, every time.D
 			return
 		case <-tick.C:
 		}
-		text := statusLine(status())
+		text := line()
 		switch {
 		case text != last:
 			m.send(message + "STATUS=" + text)
@@ -82,8 +83,8 @@ func (m *serviceManager) send(state string) bool {
 	return sent
 }
 
-// statusLine is what systemctl status shows.
-func statusLine(s netstack.Status) string {
+// nodeLine is what systemctl status shows of a node.
+func nodeLine(s netstack.Status) string {
 	if o := s.OpenConnect; o != nil {
 		return fmt.Sprintf("%s: %s, packets by %s", o.Server, o.State, o.Path)
 	}
@@ -94,4 +95,9 @@ func statusLine(s netstack.Status) string {
 		}
 	}
 	return fmt.Sprintf("%d of %d peers established", up, len(s.Tunnel.Peers))
+}
+
+// serverLine is the same of a server.
+func serverLine(s gateway.Status) string {
+	return fmt.Sprintf("%d clients connected, %d sessions", s.Clients, s.Sessions)
 }

@@ -49,7 +49,8 @@ func TestNotify(t *testing.T) {
 		}
 		return s
 	}
-	m := notifyReady(status, slog.New(slog.DiscardHandler))
+	line := func() string { return nodeLine(status()) }
+	m := notifyReady(line, slog.New(slog.DiscardHandler))
 	if got := next(); got != "READY=1 STATUS=0 of 2 peers established" {
 		t.Errorf("first %q", got)
 	}
@@ -80,5 +81,5 @@ func TestNotify(t *testing.T) {
 	}
 
 	t.Setenv("NOTIFY_SOCKET", "")
-	notifyReady(status, slog.New(slog.DiscardHandler)).closing() // nobody listens
+	notifyReady(line, slog.New(slog.DiscardHandler)).closing() // nobody listens
 }

@@ -4,13 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -29,7 +29,7 @@ func newServe() *cobra.Command {
 		Use:   "serve -c FILE | --quick",
 		Short: "run a server for OpenConnect and AnyConnect clients in the foreground",
 		Long: `Serve runs the VPN server that a configuration describes until it is interrupted
-(SIGINT or SIGTERM; a second one ends it at once): HTTPS and CSTP on TCP, DTLS on UDP at the
+(SIGINT, SIGTERM or SIGHUP; a second one ends it at once): HTTPS and CSTP on TCP, DTLS on UDP at the
 same port. It needs no privileges, but for a port below 1024. docs/server.md has everything.
 
 With --quick it needs no configuration either: it makes a user with a new password and a
@@ -84,7 +84,7 @@ func loadServer(file string, stderr io.Writer) (*config.Server, error) {
 // serve runs a server until it is interrupted. up is called when everything runs.
 func serve(c *config.Server, log *slog.Logger, up func(*gateway.Server)) error {
 	interrupts := make(chan os.Signal, 2)
-	signal.Notify(interrupts, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(interrupts, endings(c.TUN != nil)...)
 	defer signal.Stop(interrupts)
 
 	path := serverSocket(c)
@@ -108,15 +108,20 @@ func serve(c *config.Server, log *slog.Logger, up func(*gateway.Server)) error {
 		return err
 	}
 	stopControl := control.ServeGateway(l, serverReporter(c, server), server)
+	hostClosed := make(chan struct{})
 	closeAll := func() error {
 		stopControl()
-		return errors.Join(h.close(), server.Close())
+		err := h.close()
+		close(hostClosed)
+		return errors.Join(err, server.Close())
 	}
 	logServer(log, server, path)
 	up(server)
+	manager := notifyReady(func() string { return serverLine(server.Status()) }, log)
 	s := <-interrupts
 	log.Info("closing", "signal", s.String())
-	if err := finish(closeAll, interrupts); err != nil {
+	manager.closing()
+	if err := finish(hostClosed, closeAll, interrupts); err != nil {
 		return err
 	}
 	log.Info("closed")
@@ -169,7 +174,7 @@ func startServer(c *config.Server, h *host, log *slog.Logger) (*gateway.Server, 
 		return nil, exitWith(exitUsage, err)
 	}
 	if needsState(c) {
-		if err := os.MkdirAll(stateFolder(c), 0o700); err != nil {
+		if err := makeState(stateFolder(c)); err != nil {
 			return nil, err
 		}
 	}
@@ -249,6 +254,22 @@ func stateFolder(c *config.Server) string {
 	}
 	name := strings.TrimSuffix(filepath.Base(c.File), filepath.Ext(c.File))
 	return filepath.Join(userState(), name)
+}
+
+// makeState makes a folder that nobody else can read. Those above it root shares with the servers that systemd
+// runs as other users.
+func makeState(folder string) error {
+	above := os.FileMode(0o700)
+	if os.Geteuid() == 0 {
+		above = 0o755
+	}
+	if err := os.MkdirAll(filepath.Dir(folder), above); err != nil {
+		return err
+	}
+	if err := os.Mkdir(folder, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return nil
 }
 
 // userState is where this user's programs keep state (XDG Base Directory Specification).

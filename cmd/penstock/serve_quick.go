@@ -44,7 +44,7 @@ func (q *quick) serve(stdout, stderr io.Writer, level, format string) error {
 	if q.state == "" {
 		q.state = filepath.Join(userState(), "quick")
 	}
-	if err := os.MkdirAll(q.state, 0o700); err != nil {
+	if err := makeState(q.state); err != nil {
 		return err
 	}
 	password, err := q.makeUser(filepath.Join(q.state, "users"))

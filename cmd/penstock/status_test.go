@@ -199,21 +199,21 @@ func TestAmountsAndSpans(t *testing.T) {
 // TestFinish: one interrupt waits for everything to close, a second one does not.
 func TestFinish(t *testing.T) {
 	broken := errors.New("broken")
-	if err := finish(func() error { return broken }, nil); err != broken {
+	if err := finish(nil, func() error { return broken }, nil); err != broken {
 		t.Errorf("got %v, want what close says", err)
 	}
 	interrupts := make(chan os.Signal, 1)
 	never := make(chan struct{})
 	defer close(never)
 	interrupts <- os.Interrupt
-	if err := finish(func() error { <-never; return nil }, interrupts); err == nil || !strings.Contains(err.Error(), "interrupted again (interrupt)") {
+	if err := finish(nil, func() error { <-never; return nil }, interrupts); err == nil || !strings.Contains(err.Error(), "interrupted again (interrupt)") {
 		t.Errorf("after a second interrupt: %v", err)
 	}
 	// The host comes first, unless somebody insists.
 	done := make(chan struct{})
 	returned := make(chan error, 1)
 	interrupts <- os.Interrupt
-	go func() { returned <- finishAfter(done, func() error { <-never; return nil }, interrupts) }()
+	go func() { returned <- finish(done, func() error { <-never; return nil }, interrupts) }()
 	select {
 	case err := <-returned:
 		t.Errorf("before the host was as it was: %v", err)
@@ -224,7 +224,7 @@ func TestFinish(t *testing.T) {
 		t.Error("interrupted again, and no error")
 	}
 	interrupts <- os.Interrupt
-	go func() { returned <- finishAfter(make(chan struct{}), func() error { <-never; return nil }, interrupts) }()
+	go func() { returned <- finish(make(chan struct{}), func() error { <-never; return nil }, interrupts) }()
 	interrupts <- os.Interrupt // taken up when the second one has been
 	if err := <-returned; err == nil {
 		t.Error("interrupted a third time, and no error")

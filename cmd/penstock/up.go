@@ -101,7 +101,7 @@ func up(c *config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	manager := notifyReady(r.node.Status, log)
+	manager := notifyReady(func() string { return nodeLine(r.node.Status()) }, log)
 	why := "penstock down"
 	select {
 	case s := <-interrupts:
@@ -110,21 +110,16 @@ func up(c *config.Config, log *slog.Logger) error {
 	}
 	log.Info("closing", "signal", why)
 	manager.closing()
-	if err := finishAfter(r.hostClosed, r.close, interrupts); err != nil {
+	if err := finish(r.hostClosed, r.close, interrupts); err != nil {
 		return err
 	}
 	log.Info("closed")
 	return nil
 }
 
-// finish waits for close to end, or for one more signal.
-func finish(close func() error, interrupts <-chan os.Signal) error {
-	return finishAfter(nil, close, interrupts)
-}
-
-// finishAfter is finish for a close that must not be given up before something is done, unless there
-// is a third signal.
-func finishAfter(done <-chan struct{}, close func() error, interrupts <-chan os.Signal) error {
+// finish waits for close to end, or for one more signal. Before done is closed, if it is not nil, close
+// is given up only for a third one.
+func finish(done <-chan struct{}, close func() error, interrupts <-chan os.Signal) error {
 	closed := make(chan error, 1)
 	go func() { closed <- close() }()
 	select {
