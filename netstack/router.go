@@ -188,7 +188,9 @@ func (r *router) leaveMember(rp *routerPeer) {
 	r.mu.Lock()
 	table := r.byAddr.Load()
 	for _, pfx := range r.members[rp] {
-		table = table.DeletePersist(pfx.Masked())
+		if now, _ := table.Get(pfx.Masked()); now == rp { // else it is the next session's already
+			table = table.DeletePersist(pfx.Masked())
+		}
 	}
 	r.byAddr.Store(table)
 	delete(r.members, rp)

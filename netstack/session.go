@@ -69,6 +69,17 @@ func (n *Node) enterLocked(m *member) {
 	n.followMembers()
 }
 
+// heldLocked tells whether a member has p. A session that has ended is told of later than its addresses are free in the
+// transport, when another may have them: the next of the same client, with another MTU.
+func (n *Node) heldLocked(p netip.Prefix) bool {
+	for m := range n.members {
+		if slices.Contains(m.allowed, p) {
+			return true
+		}
+	}
+	return false
+}
+
 func (n *Node) leaveLocked(m *member) {
 	if _, known := n.members[m]; !known {
 		return
@@ -77,7 +88,9 @@ func (n *Node) leaveLocked(m *member) {
 	n.followMembers()
 	t := n.allowed.Load()
 	for _, p := range m.allowed {
-		t = t.DeletePersist(p.Masked())
+		if !n.heldLocked(p) {
+			t = t.DeletePersist(p.Masked())
+		}
 	}
 	n.allowed.Store(t)
 	if n.router != nil {
