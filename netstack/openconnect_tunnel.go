@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -23,6 +24,9 @@ const (
 	// shortened at random by up to half: a server that restarts shall not be called by all at once.
 	retryFirst = time.Second
 	retryMost  = 30 * time.Second
+	// steadyTime is how long a connection has to last to count as one. What is lost sooner was an attempt that has failed: a
+	// server that hangs up on everybody, or two clients with one cookie.
+	steadyTime = 5 * time.Second
 	// watchPause is how often the way to the server is looked up, to notice another network. It is a
 	// question to the host's routing table, some microseconds.
 	watchPause = 2 * time.Second
@@ -48,6 +52,7 @@ type openconnectTunnel struct {
 	allowed  []netip.Prefix
 	session  *transport.Session
 	rekeyAt  time.Time
+	since    time.Time     // when the connection in use was made
 	retry    time.Duration // the next pause
 
 	lost  chan error // the stream is; a reason waiting is enough
@@ -203,6 +208,12 @@ func (o *openconnectTunnel) reconnect(why error) bool {
 		o.log.Warn("openconnect: connection lost", "server", o.login.Host, "reason", why)
 		o.change(func(s *OpenConnectStatus) { s.State, s.LastError = OpenConnectConnecting, why.Error() })
 	}
+	if time.Since(o.since) >= steadyTime {
+		o.retry = retryFirst
+	} else if !working && !o.pause() {
+		return false
+	}
+	fresh := false // the cookie is of a sign-in just now
 	for {
 		if o.session != nil {
 			o.session.Renewing(true)
@@ -220,11 +231,21 @@ func (o *openconnectTunnel) reconnect(why error) bool {
 		case o.ctx.Err() != nil:
 			return false
 		case errors.Is(err, openconnect.ErrCookie):
-			if err = o.signIn(err); err != nil {
+			// ocserv lets a user in who has too many sessions, and then refuses his cookie.
+			if fresh && !o.pause() {
+				return false
+			}
+			if err = o.signIn(err); err == nil {
+				fresh = true
+				continue
+			}
+			if o.ctx.Err() != nil {
+				return false
+			}
+			if !passing(err) {
 				o.end(err)
 				return false
 			}
-			continue
 		}
 		o.log.Warn("openconnect: no connection", "server", o.login.Host, "err", err, "retry", o.retry)
 		o.change(func(s *OpenConnectStatus) { s.LastError = err.Error() })
@@ -255,6 +276,16 @@ func (o *openconnectTunnel) pause() bool {
 	case <-t.C:
 		return true
 	}
+}
+
+// passing tells whether an error of a sign-in may be none the next time: one of the network, or of a server that cannot
+// answer now.
+func passing(err error) bool {
+	var network net.Error
+	var full *openconnect.UnavailableError
+	var status *openconnect.StatusError
+	return errors.As(err, &network) || errors.As(err, &full) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.As(err, &status) && strings.HasPrefix(status.Status, "5")
 }
 
 // signIn gets another cookie, because of the error of the last one.
@@ -364,6 +395,10 @@ func (o *openconnectTunnel) adopt(t *openconnect.Tunnel) error {
 		endpoint = net.JoinHostPort(t.Remote.Addr().String(), port)
 	}
 	o.noteRemote(t)
+	select { // what the connection before had to say; the new one may have something to say at once
+	case <-o.lost:
+	default:
+	}
 	switch {
 	case o.session != nil && slices.Equal(allowed, o.allowed) && (endpoint == "" || endpoint == o.session.Endpoint()):
 		if err := o.session.Renew(link); err != nil {
@@ -378,14 +413,10 @@ func (o *openconnectTunnel) adopt(t *openconnect.Tunnel) error {
 			return err
 		}
 	}
-	select { // what the connection before had to say
-	case <-o.lost:
-	default:
-	}
 	if err := o.node.setBehindServer(allowed, o.knownAs(t.Settings)); err != nil {
 		o.log.Error("openconnect: address translation", "err", err)
 	}
-	o.settings, o.allowed, o.retry = t.Settings, allowed, retryFirst
+	o.settings, o.allowed, o.since = t.Settings, allowed, time.Now()
 	o.rekeyAt = rekeyTime(t.Settings)
 	o.change(func(s *OpenConnectStatus) {
 		if s.State != OpenConnectUp || !s.Connected.IsZero() {
