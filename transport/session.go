@@ -90,6 +90,10 @@ type Goodbye struct {
 	Text      string
 }
 
+// ForGood tells whether the far end is not coming back. AnyConnect says goodbye with other reasons than the user's when its
+// network has changed, and connects again with the same cookie.
+func (g *Goodbye) ForGood() bool { return g.Terminate || g.Code == disconnectBody[0] }
+
 // Error gives the far end's words, with what is not printable replaced.
 func (g *Goodbye) Error() string {
 	what := "the peer has ended the session"

@@ -19,15 +19,18 @@ var _ openconnect.Sessions = connector{}
 
 // Connect implements [openconnect.Sessions].
 func (c connector) Connect(ctx context.Context, a *openconnect.Attempt) (*openconnect.Admission, error) {
-	s := c.s.sessions.open(idOf(a.Request.Cookie))
-	s.connecting.Lock()
+	s := c.s.sessions.enter(idOf(a.Request.Cookie))
 	defer s.connecting.Unlock()
 	user, err := s.load(ctx)
-	if err != nil {
-		if errors.Is(err, openconnect.ErrCookie) {
-			s.drop("its cookie is not good")
-			c.s.log.Info("cookie refused", "session", s.public, "remote", a.Client.Remote)
-		}
+	switch {
+	case errors.Is(err, openconnect.ErrCookie):
+		s.drop("its cookie is not good")
+		c.s.log.Info("cookie refused", "session", s.public, "remote", a.Client.Remote)
+		return nil, err
+	case err != nil && s.rec == nil:
+		c.s.sessions.forget(s, nil) // it may be anybody's
+		return nil, err
+	case err != nil:
 		return nil, err
 	}
 	settle(ctx, true)

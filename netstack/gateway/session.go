@@ -154,6 +154,18 @@ func (t *sessionTable) open(id string) *session {
 	return s
 }
 
+// enter is open with connecting held, of a session that is still in the table then.
+func (t *sessionTable) enter(id string) *session {
+	for {
+		s := t.open(id)
+		s.connecting.Lock()
+		if t.find(id) == s {
+			return s
+		}
+		s.connecting.Unlock()
+	}
+}
+
 // all are the sessions, in no order.
 func (t *sessionTable) all() []*session {
 	t.mu.Lock()

@@ -20,6 +20,7 @@ type tunnel struct {
 	handle    *transport.Session
 	addresses []netip.Addr
 	mtu       int
+	packs     bool // several frames a record, which the client must know to read
 
 	// Guarded by s.mu.
 	stream bool // there is a TLS connection
@@ -33,7 +34,11 @@ func (s *session) connect(a *openconnect.Attempt, profile *Profile) (*openconnec
 	srv := s.table.s
 	base := baseMTU(a.Request.BaseMTU)
 	mtu := openconnect.InnerMTU(base, a.Client.Remote.Addr())
-	for _, limit := range []int{profile.MTU, srv.mtu} {
+	asked := 0
+	if a.Request.BaseMTU == 0 && a.Request.MTU > 0 { // old clients know nothing of the path, but what they can take
+		asked = max(a.Request.MTU, openconnect.InnerMTU(minBaseMTU, a.Client.Remote.Addr()))
+	}
+	for _, limit := range []int{profile.MTU, srv.mtu, asked} {
 		if limit > 0 {
 			mtu = min(mtu, limit)
 		}
@@ -76,8 +81,11 @@ func baseMTU(asked int) int {
 	if asked == 0 {
 		asked = 1500
 	}
-	return min(max(asked, 576), 1500)
+	return min(max(asked, minBaseMTU), 1500)
 }
+
+// minBaseMTU is what every IPv4 path carries (RFC 791 3.1).
+const minBaseMTU = 576
 
 // whyNoDatagrams is "" if the client gets DTLS.
 func (s *session) whyNoDatagrams(a *openconnect.Attempt, profile *Profile) string {
@@ -139,7 +147,9 @@ func (s *session) carry(link transport.SessionLink, mtu int, profile *Profile, a
 		closeStream(link)
 		return errEnded
 	}
-	if t != nil && slices.Equal(t.addresses, rec.Address) && t.mtu == mtu {
+	// The cookie may have moved to other software.
+	packs := packs(a.Client.UserAgent)
+	if t != nil && slices.Equal(t.addresses, rec.Address) && t.mtu == mtu && t.packs == packs {
 		if err := t.handle.Renew(link); err != nil {
 			return err
 		}
@@ -152,11 +162,11 @@ func (s *session) carry(link transport.SessionLink, mtu int, profile *Profile, a
 		s.mu.Unlock()
 		t.handle.Close(errReplaced)
 	}
-	t = &tunnel{s: s, addresses: rec.Address, mtu: mtu}
+	t = &tunnel{s: s, addresses: rec.Address, mtu: mtu, packs: packs}
 	intervals := transport.Intervals{DPD: profile.DPD, Keepalive: profile.Keepalive}
 	cfg := transport.SessionConfig{
 		Name: rec.User + "/" + s.public, Link: link, MTU: mtu, Datagrams: intervals, Stream: intervals,
-		PackFrames: packs(a.Client.UserAgent),
+		PackFrames: packs,
 	}
 	for _, addr := range rec.Address {
 		cfg.AllowedIPs = append(cfg.AllowedIPs, netip.PrefixFrom(addr, addr.BitLen()))
@@ -235,7 +245,7 @@ func (t *tunnel) closed(reason error) {
 	if !mine {
 		return
 	}
-	if errors.As(reason, &bye) {
+	if errors.As(reason, &bye) && bye.ForGood() {
 		ctx, cancel := s.table.s.storeContext()
 		defer cancel()
 		s.end(ctx, "goodbye of the client")
