@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"time"
 )
 
 // DefaultUserAgent is how this client introduces itself. Servers tell clients apart by
@@ -67,6 +68,8 @@ type Options struct {
 	// Tries is how often the same form may be asked before the sign-in ends with
 	// ErrDenied; 0 is 3.
 	Tries int
+
+	exchangeTime time.Duration // for a question and the whole answer; 0: dialTime + responseTime
 }
 
 // Question is one field of a form that the server wants filled in.

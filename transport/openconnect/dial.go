@@ -81,6 +81,8 @@ func (d *Dialer) tlsConfig(host, want string, shown *string) *tls.Config {
 		MinVersion:         tls.VersionTLS12,
 		MaxVersion:         d.MaxVersion,
 		InsecureSkipVerify: true, // VerifyConnection does it
+		// A frame is one record: stock servers insist on it.
+		DynamicRecordSizingDisabled: true,
 		VerifyConnection: func(state tls.ConnectionState) error {
 			if len(state.PeerCertificates) == 0 {
 				return errors.New("the server shows no certificate")

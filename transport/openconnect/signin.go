@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"slices"
 	"strings"
@@ -38,6 +39,9 @@ func SignIn(ctx context.Context, o Options) (*Login, error) {
 	}
 	if o.Tries <= 0 {
 		o.Tries = defaultTries
+	}
+	if o.exchangeTime == 0 {
+		o.exchangeTime = dialTime + responseTime
 	}
 	s := &signIn{o: &o, url: base, cookies: make(map[string]string), asked: make(map[string]int)}
 	transport := &http.Transport{
@@ -88,7 +92,7 @@ func parseServer(server string) (*url.URL, error) {
 	return u, nil
 }
 
-// hostPortOf is the host of an URL with its port, as one dials it.
+// hostPortOf is the host of an URL with its port.
 func hostPortOf(u *url.URL) string {
 	port := u.Port()
 	if port == "" {
@@ -111,6 +115,7 @@ type signIn struct {
 	o       *Options
 	http    *http.Client
 	url     *url.URL // where the next document goes
+	at      string   // HOST:PORT that the last one went to, as it was dialled: international names in ASCII
 	cookies map[string]string
 	pins    pinMap
 	group   string         // announced in init
@@ -160,8 +165,7 @@ func (s *signIn) complete(m *serverMessage) (*Login, error) {
 	if cookie == "" {
 		return nil, malformed("the server says success, without a cookie")
 	}
-	host := hostPortOf(s.url)
-	return &Login{Host: host, Cookie: cookie, Pin: s.pins.load(host), Banner: s.banner}, nil
+	return &Login{Host: s.at, Cookie: cookie, Pin: s.pins.load(s.at), Banner: s.banner}, nil
 }
 
 // message starts a document.
@@ -214,6 +218,10 @@ func (s *signIn) exchange(ctx context.Context, m *clientMessage) (*serverMessage
 
 // post sends one document and reads the answer whole.
 func (s *signIn) post(ctx context.Context, m *clientMessage) (*http.Response, []byte, error) {
+	// Headers and body: a server that goes on without end is none.
+	ctx, cancel := context.WithTimeout(ctx, s.o.exchangeTime)
+	defer cancel()
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GetConn: func(hostPort string) { s.at = hostPort }})
 	document := m.document()
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url.String(), bytes.NewReader(document))
 	if err != nil {
@@ -297,7 +305,7 @@ func (s *signIn) fill(ctx context.Context, f *Form) (*clientMessage, error) {
 			}
 			first = false
 		}
-		if field.Name == fieldGroup {
+		if field.Name == fieldGroup && field.Kind == FieldSelect {
 			// Which fields there are may depend on the group: if it is not the one that the
 			// form was made for, the server is told and asked again.
 			if offered := firstOf(field.Value, field.Options[0].Value); value != offered && s.group != value {
