@@ -2,6 +2,7 @@ package hostnet
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -148,6 +149,24 @@ func TestResolvConfAfterRestart(t *testing.T) {
 			}
 			w.same(before, "after Recover")
 		})
+	}
+}
+
+// TestEndpointServers: the names of endpoints are asked of the servers that the host had, also of one that
+// the tunnel has too.
+func TestEndpointServers(t *testing.T) {
+	for name, tunnels := range map[string]string{"others": "10.66.0.2:53", "the same": "192.0.2.53:53"} {
+		w := newSandbox(t)
+		c := w.config()
+		c.DNS = DNS{Servers: []netip.AddrPort{netip.MustParseAddrPort(tunnels)}}
+		e := NewEndpoints(c.FwMark, c.DNS)
+		f := w.tun("ps0")
+		s := w.apply(c)
+		if got := fmt.Sprint(e.uplinks()); got != "[192.0.2.53:53]" {
+			t.Errorf("%s: %s", name, got)
+		}
+		w.check(s.Close())
+		w.check(f.Close())
 	}
 }
 

@@ -27,11 +27,12 @@ const serverTimeout = 3 * time.Second
 
 // NewEndpoints is to be called before Apply. mark is on what it sends; dns is what Apply will set.
 func NewEndpoints(mark uint32, dns DNS) *Endpoints {
-	e := &Endpoints{mark: mark, tunnel: dns.Servers}
+	e := &Endpoints{mark: mark}
+	e.servers = e.uplinks() // all that the host has; a server of the tunnel's may be one of them, 1.1.1.1 for one
+	e.tunnel = slices.Clone(dns.Servers)
 	for _, s := range dns.Split {
 		e.tunnel = append(e.tunnel, s.Servers...)
 	}
-	e.servers = e.uplinks()
 	return e
 }
 
