@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -61,10 +60,10 @@ func hostConfig(c *config.Config, log *slog.Logger) hostnet.Config {
 	}
 	for _, p := range c.Peers {
 		h.Routes = append(h.Routes, p.AllowedIPs...)
-		if name, _, err := net.SplitHostPort(p.Endpoint); err == nil {
-			if a, err := netip.ParseAddr(name); err == nil {
-				h.Endpoints = append(h.Endpoints, a)
-			}
+		if a, err := netip.ParseAddrPort(p.Endpoint); err == nil {
+			h.Endpoints = append(h.Endpoints, a.Addr())
+		} else {
+			h.Anywhere = true // it has a name, or calls
 		}
 	}
 	if c.TUN.NoDNS {

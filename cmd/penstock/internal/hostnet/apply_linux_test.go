@@ -157,6 +157,9 @@ func TestReversePath(t *testing.T) {
 		{"2", "1", prefixes("0.0.0.0/0"), "", "2"},
 		{"1", "1", prefixes("198.51.100.0/24"), "198.51.100.9", "2"},
 		{"1", "1", prefixes("198.51.100.0/24"), "203.0.113.9", "1"},
+		{"1", "1", prefixes("198.51.100.0/24"), "a name", "2"},
+		{"1", "1", prefixes("10.0.0.0/8", "172.20.1.0/24", "192.168.0.0/16", "100.64.0.0/10", "::/0"), "a name", "1"},
+		{"1", "1", prefixes("10.0.0.0/7"), "a name", "2"},
 		{"1", "1", prefixes("::/0"), "", "1"},
 	} {
 		w.check(writeSysctl(all, tt.all))
@@ -164,7 +167,7 @@ func TestReversePath(t *testing.T) {
 		before := w.everything()
 		c := w.config()
 		c.Routes = tt.routes
-		if tt.endpoint != "" {
+		if c.Anywhere = tt.endpoint == "a name"; !c.Anywhere && tt.endpoint != "" {
 			c.Endpoints = []netip.Addr{netip.MustParseAddr(tt.endpoint)}
 		}
 		s := w.apply(c)

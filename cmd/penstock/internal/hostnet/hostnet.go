@@ -36,9 +36,11 @@ type Config struct {
 	// FwMark is on every packet of the tunnel itself. TableAuto needs it: by the mark the rules
 	// keep these packets out of the interface.
 	FwMark uint32
-	// Endpoints are addresses from which packets of the tunnel come, as far as they are known. They say
-	// whether strict reverse path filtering would drop those.
+	// Endpoints are addresses from which packets of the tunnel come, as far as they are known; with Anywhere
+	// there are others, of peers that have a name or call. They say whether strict reverse path filtering
+	// would drop those packets.
 	Endpoints []netip.Addr
+	Anywhere  bool
 
 	DNS DNS
 

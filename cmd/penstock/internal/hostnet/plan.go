@@ -105,9 +105,21 @@ func (c *Config) source(p netip.Prefix) netip.Addr {
 }
 
 // catchesEndpoint tells whether a reverse lookup without a mark would find the interface for some
-// packet of an IPv4 tunnel: strict reverse path filtering then drops it.
+// packet of an IPv4 tunnel: strict reverse path filtering then drops it. Peers whose addresses are not known
+// may have any that is not private: private ones are taken for the VPN's.
 func (c *Config) catchesEndpoint() bool {
 	return slices.ContainsFunc(c.Routes, func(p netip.Prefix) bool {
-		return p.Addr().Is4() && (p.Bits() <= 1 || slices.ContainsFunc(c.Endpoints, p.Contains))
+		return p.Addr().Is4() && (p.Bits() <= 1 || c.Anywhere && !private(p) || slices.ContainsFunc(c.Endpoints, p.Contains))
+	})
+}
+
+// private tells whether no address of p is one of the Internet's.
+func private(p netip.Prefix) bool {
+	return slices.ContainsFunc([]string{
+		"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", // RFC 1918
+		"100.64.0.0/10", // RFC 6598
+	}, func(text string) bool {
+		all := netip.MustParsePrefix(text)
+		return all.Bits() <= p.Bits() && all.Contains(p.Addr())
 	})
 }
