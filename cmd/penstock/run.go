@@ -131,9 +131,7 @@ func attend(s *sandbox.Sandbox, signals <-chan os.Signal) (int, error) {
 			return s.Wait()
 		case sig := <-signals:
 			s.Signal(sig.(syscall.Signal))
-			if sig == stopSignal {
-				stopSelf() // until the shell continues the job
-			}
+			sandbox.StopFor(sig)
 		}
 	}
 }

@@ -346,6 +346,7 @@ func (l *runLab) begin(flags []string, program ...string) *live {
 	r, w, err := os.Pipe()
 	l.check(err)
 	p.cmd.Stdout, p.cmd.Stderr = w, w
+	p.cmd.SysProcAttr.Setpgid = true // a job of its own
 	p.stdin, err = p.cmd.StdinPipe()
 	l.check(err)
 	l.check(p.cmd.Start())
@@ -428,15 +429,22 @@ func emptied(t *testing.T, ns string) {
 	}
 }
 
-// Signals for penstock run reach the program, once.
+// Signals for penstock run, or for its whole job, reach the program, once; one that has left the job, too.
 func TestRunSignals(t *testing.T) {
 	l := newRunLab(t)
 	for sig, name := range map[syscall.Signal]string{unix.SIGTERM: "TERM", unix.SIGINT: "INT", unix.SIGHUP: "HUP", unix.SIGUSR1: "USR1"} {
-		p := l.begin(nil, "sh", "-c", `trap 'echo got; n=$((n+1))' `+name+`; echo ready; while [ -z "$n" ]; do sleep 0.05; done; sleep 0.5; exit $((40+n))`)
-		l.check(p.cmd.Process.Signal(sig))
-		p.out.await(t, "got")
-		if code := p.end(); code != 41 {
-			t.Errorf("%v: exit code %d, want 41", sig, code)
+		program := []string{"sh", "-c", `trap 'echo got; n=$((n+1))' ` + name + `; sleep 0.1; echo ready; while [ -z "$n" ]; do sleep 0.05; done; sleep 0.3; exit $((40+n))`}
+		for to, program := range map[string][]string{"run": program, "the job": program, "the job that it has left": append([]string{"setsid"}, program...)} {
+			p := l.begin(nil, program...)
+			pid := p.cmd.Process.Pid
+			if to != "run" {
+				pid = -pid
+			}
+			l.check(unix.Kill(pid, sig))
+			p.out.await(t, "got")
+			if code := p.end(); code != 41 {
+				t.Errorf("%v to %s: exit code %d, want 41", sig, to, code)
+			}
 		}
 	}
 	// What it does not handle it dies of.
@@ -444,6 +452,21 @@ func TestRunSignals(t *testing.T) {
 	l.check(p.cmd.Process.Signal(unix.SIGTERM))
 	if code := p.end(); code != 143 {
 		t.Errorf("exit code %d, want 143", code)
+	}
+}
+
+// ^C while the node starts is for the program that is about to be.
+func TestRunEarlySignal(t *testing.T) {
+	l := newRunLab(t)
+	for pause := time.Duration(0); pause < 30*time.Millisecond; pause += time.Millisecond {
+		cmd := l.command(nil, "sleep", "1")
+		cmd.SysProcAttr.Setpgid = true
+		l.check(cmd.Start())
+		time.Sleep(pause)
+		l.check(unix.Kill(-cmd.Process.Pid, unix.SIGINT))
+		if err := cmd.Wait(); err == nil {
+			t.Errorf("interrupted after %v it goes on", pause)
+		}
 	}
 }
 
@@ -500,6 +523,40 @@ exit $((40+n))
 	out.await(t, "interrupted")
 	if line := out.await(t, "code="); !strings.Contains(line, "code=41") {
 		t.Errorf("%q, want code=41", line)
+	}
+}
+
+// Where no shell could continue the job, as with ssh -t, ^Z stops nobody.
+func TestRunTerminalWithoutShell(t *testing.T) {
+	l := newRunLab(t)
+	master, slave := terminal(t)
+	cmd := l.command(nil, "sh", "-c", "echo ready; read line; echo has $line")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	cmd.SysProcAttr.Setsid, cmd.SysProcAttr.Setctty = true, true
+	l.check(cmd.Start())
+	slave.Close()
+	ended := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(ended)
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		<-ended
+		master.Close()
+	})
+	out := linesOf(master)
+	out.await(t, "ready")
+	_, err := master.WriteString("\x1a")
+	l.check(err)
+	time.Sleep(300 * time.Millisecond)
+	_, err = master.WriteString("hello\n")
+	l.check(err)
+	out.await(t, "has hello")
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Error("it was stopped")
 	}
 }
 

@@ -49,6 +49,7 @@ func Helper() int {
 		h.report(report{Failed: f})
 		return ExitFailed
 	}
+	h.signals.begin()
 	go h.obey(pid)
 	code := h.reap(pid)
 	endDescendants()

@@ -19,6 +19,9 @@ func Helper() int { return ExitFailed }
 // Forwarded is none.
 func Forwarded() []os.Signal { return nil }
 
+// StopFor does nothing.
+func StopFor(os.Signal) {}
+
 // The methods of a Sandbox that is never made.
 
 // TakeTUN has nothing to give.

@@ -20,19 +20,18 @@ func Forwarded() []os.Signal {
 	}, signal.Ignored)
 }
 
-// fromTerminal are the signals that a terminal, or the shell at it, sends to a whole job: to the
-// parent, the helper and the program alike. A signal does not say where it comes from, but the
-// helper has a copy of it if the program has.
-var fromTerminal = []os.Signal{unix.SIGINT, unix.SIGQUIT, unix.SIGTSTP, unix.SIGCONT, unix.SIGWINCH}
+// jobTime is how long the helper's own copy of a signal to the whole job may be later than the parent's.
+const jobTime = 100 * time.Millisecond
 
-// terminalTime is how long the helper's own copy of a terminal's signal may be later than the
-// parent's.
-const terminalTime = 100 * time.Millisecond
+// startTime is how long after the program's start a signal may still reach the helper that was sent before. A program that
+// has one twice then is better off than one that has none.
+const startTime = 20 * time.Millisecond
 
-// signals are those that the helper has had lately itself.
+// signals are those that the helper has had lately itself, and with it the program.
 type signals struct {
-	mu  sync.Mutex
-	had map[syscall.Signal]int
+	mu   sync.Mutex
+	from time.Time // the program has had none of those before; zero: there is no program yet
+	had  map[syscall.Signal]int
 }
 
 func newSignals() *signals {
@@ -48,10 +47,19 @@ func newSignals() *signals {
 func (s *signals) count(c <-chan os.Signal) {
 	for sig := range c {
 		s.mu.Lock()
-		s.had[sig.(syscall.Signal)]++
+		if !s.from.IsZero() && time.Now().After(s.from) {
+			s.had[sig.(syscall.Signal)]++
+			time.AfterFunc(2*jobTime, func() { s.take(sig.(syscall.Signal)) })
+		}
 		s.mu.Unlock()
-		time.AfterFunc(2*terminalTime, func() { s.take(sig.(syscall.Signal)) })
 	}
+}
+
+// begin is called when the program is there.
+func (s *signals) begin() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.from = time.Now().Add(startTime)
 }
 
 // take tells whether the helper has had sig lately, once for each time.
@@ -65,16 +73,38 @@ func (s *signals) take(sig syscall.Signal) bool {
 	return true
 }
 
-// forward sends to the program what the parent was sent, unless it comes from the terminal, which
-// has sent it to the program too.
+// forward sends to the program what the parent was sent, unless that was sent to the whole job: by the terminal, the
+// shell or timeout(1). A signal does not say to whom it was sent, but the helper has a copy of it then, and so has the
+// program, if it has not left the job.
 func (s *signals) forward(pid int, sig syscall.Signal) {
-	if !slices.Contains(fromTerminal, os.Signal(sig)) {
-		unix.Kill(pid, sig)
-		return
-	}
-	time.AfterFunc(terminalTime, func() {
-		if !s.take(sig) {
+	time.AfterFunc(jobTime, func() {
+		group, err := unix.Getpgid(pid)
+		if had := s.take(sig); !had || err == nil && group != unix.Getpgrp() {
 			unix.Kill(pid, sig)
 		}
 	})
+}
+
+// StopFor does to this process what sig does to one that does not handle it, if that is to stop it: until the shell
+// continues the job. Where there is no shell that could, in an orphaned process group, the kernel lets nobody stop for a
+// terminal's sake, and nor does this. (The kernel cannot be left to it: Go's handler stays once there was one.)
+func StopFor(sig os.Signal) {
+	if sig == unix.SIGTSTP && !orphaned() {
+		_ = unix.Kill(os.Getpid(), unix.SIGSTOP) // an error is for a process that does not exist
+	}
+}
+
+// orphaned tells whether the parent of this process's group is not of its session.
+func orphaned() bool {
+	session, err := unix.Getsid(0)
+	if err != nil {
+		return true
+	}
+	for pid := os.Getppid(); pid > 0; pid = parentOf(pid) {
+		if group, err := unix.Getpgid(pid); err != nil || group != unix.Getpgrp() {
+			its, err := unix.Getsid(pid)
+			return err != nil || its != session
+		}
+	}
+	return true // it is not in this PID namespace
 }

@@ -236,8 +236,8 @@ func (s *Sandbox) Notes() []string { return s.notes }
 // Go starts the program.
 func (s *Sandbox) Go() { s.order(order{Start: true}) }
 
-// Signal sends a signal to the program. Those that a terminal sends (SIGINT, SIGQUIT, SIGTSTP,
-// SIGCONT, SIGWINCH) are not sent again to a program that has had them from the terminal.
+// Signal sends a signal to the program. One that was sent to the whole job, as a terminal does, is not sent again to
+// a program that has had it.
 func (s *Sandbox) Signal(sig syscall.Signal) { s.order(order{Signal: int(sig)}) }
 
 // SetMTU sets the interface's MTU in bytes.
