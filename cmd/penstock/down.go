@@ -46,8 +46,8 @@ nodes have left, and ends none.`,
 // whose is how a configuration's node is known: as the owner of a journal, and by its control socket.
 // A file that has mistakes by now, or is gone, will do.
 func whose(file string) (owner, path string) {
-	if c, err := config.Load(file); err == nil && c.Node.Socket != "" {
-		return absolute(file), c.Node.Socket
+	if path, err := config.Socket(file); err == nil && path != "" {
+		return absolute(file), path
 	}
 	return absolute(file), control.Find(file)
 }

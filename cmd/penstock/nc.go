@@ -26,7 +26,7 @@ input and output over it. The end of the input ends that half of the connection 
     ssh -o ProxyCommand='penstock nc %h %p' b.example`,
 		Args: cobra.ExactArgs(2),
 		RunE: verb(func(cmd *cobra.Command, args []string) error {
-			path, err := findSocket(cmd, file, socket)
+			path, err := findSocket(file, socket)
 			if err != nil {
 				return err
 			}

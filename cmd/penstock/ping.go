@@ -40,7 +40,7 @@ reply came.`,
 			case v6:
 				p.request.Network = "ip6"
 			}
-			path, err := findSocket(cmd, file, socket)
+			path, err := findSocket(file, socket)
 			if err != nil {
 				return err
 			}

@@ -27,7 +27,7 @@ those whose client is gone and may come back. Servers that share a store show th
 sessions of all of them.`,
 		Args: cobra.NoArgs,
 		RunE: verb(func(cmd *cobra.Command, _ []string) error {
-			path, err := findSocket(cmd, file, socket)
+			path, err := findSocket(file, socket)
 			if err != nil {
 				return err
 			}
@@ -95,7 +95,7 @@ the VPN names. The client is told, its cookie is void and its addresses are free
 sign in again: see penstock user rm, or disable.`,
 		Args: cobra.ExactArgs(1),
 		RunE: verb(func(cmd *cobra.Command, args []string) error {
-			path, err := findSocket(cmd, file, socket)
+			path, err := findSocket(file, socket)
 			if err != nil {
 				return err
 			}

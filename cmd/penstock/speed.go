@@ -47,7 +47,7 @@ its [node] table.`,
 			if directions == nil {
 				return exitWith(exitUsage, fmt.Errorf("--direction %q: expected outbound, inbound or both", direction))
 			}
-			path, err := findSocket(cmd, file, socket)
+			path, err := findSocket(file, socket)
 			if err != nil {
 				return err
 			}

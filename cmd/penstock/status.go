@@ -30,7 +30,7 @@ by its configuration file or by its control socket; without either, the only one
 that runs for this user.`,
 		Args: cobra.NoArgs,
 		RunE: verb(func(cmd *cobra.Command, _ []string) error {
-			path, err := findSocket(cmd, file, socket)
+			path, err := findSocket(file, socket)
 			if err != nil {
 				return err
 			}
@@ -72,27 +72,21 @@ that runs for this user.`,
 }
 
 // findSocket says which node is meant.
-func findSocket(cmd *cobra.Command, file, socket string) (string, error) {
+func findSocket(file, socket string) (string, error) {
 	switch {
 	case file != "" && socket != "":
 		return "", exitWith(exitUsage, errors.New("-c and --socket both say which node is meant; give one"))
 	case socket != "":
 		return socket, nil
-	case file != "" && config.IsServer(file):
-		c, err := loadServer(file, cmd.ErrOrStderr())
-		if err != nil {
-			return "", err
-		}
-		return serverSocket(c), nil
 	case file != "":
-		c, err := load(file, cmd.ErrOrStderr())
+		path, err := config.Socket(file)
 		if err != nil {
-			return "", err
+			return "", exitWith(exitUsage, err)
 		}
-		if c.Node.Socket != "" {
-			return c.Node.Socket, nil
+		if path == "" {
+			path = control.Find(file)
 		}
-		return control.Find(c.File), nil
+		return path, nil
 	}
 	sockets := control.Sockets()
 	switch len(sockets) {

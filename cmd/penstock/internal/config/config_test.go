@@ -346,6 +346,25 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+func TestSocket(t *testing.T) {
+	dir := t.TempDir()
+	for text, want := range map[string]string{
+		"[node]\ncontrol = \"a.sock\"\nmtu = 1\n": filepath.Join(dir, "a.sock"),
+		"[server]\ncontrol = \"/run/a.sock\"":     "/run/a.sock",
+		"[node]\ncontrol = 1":                     "",
+		"node = 1":                                "",
+		"":                                        "",
+	} {
+		file := filepath.Join(dir, "a.toml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := Socket(file); got != want || err != nil {
+			t.Errorf("%q: %q, %v; want %q", text, got, err, want)
+		}
+	}
+}
+
 func TestParseForward(t *testing.T) {
 	for text, want := range map[string]Port{
 		"tcp 127.0.0.1:8080=10.66.0.2:80":    {"tcp", "127.0.0.1:8080", "10.66.0.2:80"},

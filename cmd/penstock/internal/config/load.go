@@ -42,6 +42,27 @@ func Load(file string) (*Config, error) {
 	return c, nil
 }
 
+// Socket is the path of the control socket that a file names, of a node or of a server; empty: the default. It is for
+// those who look for what runs already: whatever else is in the file may be wrong by now, or not theirs to read, as a key is.
+func Socket(file string) (string, error) {
+	data, _, err := readFile(file)
+	if err != nil {
+		return "", err
+	}
+	var whole map[string]any
+	if err := toml.Unmarshal(data, &whole); err != nil {
+		return "", Mistakes{syntax(file, err)}
+	}
+	for _, name := range []string{"node", "server"} {
+		if table, ok := whole[name].(map[string]any); ok {
+			if path, ok := table["control"].(string); ok && path != "" {
+				return beside(file, path), nil
+			}
+		}
+	}
+	return "", nil
+}
+
 // beside resolves a path of the file relative to the file's folder.
 func beside(file, name string) string {
 	if filepath.IsAbs(name) {
