@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
@@ -680,6 +681,23 @@ func TestRunBulk(t *testing.T) {
 			t.Errorf("%d: %s", code, out)
 		}
 		t.Log(regexp.MustCompile(`.*receiver`).FindString(out))
+	}
+}
+
+// Capabilities of penstock's file are neither in the way nor passed on.
+func TestRunFileCapabilities(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: only root gives a file capabilities")
+	}
+	l := newRunLab(t)
+	for _, set := range []uint32{1 << unix.CAP_NET_ADMIN, 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_SYS_ADMIN} {
+		attr := make([]byte, 20) // struct vfs_ns_cap_data of linux/capability.h, revision 2
+		binary.LittleEndian.PutUint32(attr, 0x02000000|1)
+		binary.LittleEndian.PutUint32(attr[4:], set)
+		l.check(unix.Setxattr(l.bin, "security.capability", attr, 0))
+		if out, code := l.run(nil, "grep", "CapEff", "/proc/self/status"); code != 0 || !strings.Contains(out, "CapEff:\t0000000000000000") {
+			t.Errorf("%#x: exit code %d: %s", set, code, out)
+		}
 	}
 }
 

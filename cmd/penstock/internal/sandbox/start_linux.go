@@ -167,12 +167,17 @@ func executable() (path string, done func(), err error) {
 	return fmt.Sprintf("/proc/self/fd/%d", high), func() { unix.Close(high) }, nil
 }
 
-// privileged tells whether the namespaces can be made without a user namespace.
+// privileged tells whether the namespaces can be made without a user namespace, by a helper that has the capabilities for it
+// of its own: those of root and ambient ones, but not the file's, which end with exec here.
 func privileged() bool {
 	return hasCapability(unix.CAP_SYS_ADMIN) && hasCapability(unix.CAP_NET_ADMIN)
 }
 
 func hasCapability(c int) bool {
+	if os.Geteuid() != 0 {
+		set, err := unix.PrctlRetInt(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_IS_SET, uintptr(c), 0, 0)
+		return err == nil && set == 1
+	}
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	return unix.Capget(&header, &data[0]) == nil && data[c/32].Effective&(1<<(c%32)) != 0
