@@ -29,6 +29,9 @@ type Report struct {
 	Server *gateway.Status `json:"server,omitempty"`
 }
 
+// writeTimeout is what an answer may take, if it is not about something that takes longer itself.
+const writeTimeout = 10 * time.Second
+
 // Serve answers requests on l, which it takes, until the returned function is
 // called. That waits for requests under way, for a second at most. node does what programs
 // ask for; nil: only the report can be had. More can be handled besides.
@@ -61,7 +64,7 @@ func serve(l net.Listener, report func() Report, node *netstack.Node, besides ..
 	s := &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,
-		WriteTimeout:      10 * time.Second,
+		WriteTimeout:      writeTimeout,
 		IdleTimeout:       10 * time.Second,
 		MaxHeaderBytes:    4 << 10,
 		BaseContext:       func(net.Listener) context.Context { return ctx },

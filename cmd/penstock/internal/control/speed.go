@@ -28,6 +28,7 @@ func (v *verbs) speed(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
+	lateAnswer(w, t.Duration+2*dialTimeout)
 	ctx, cancel := context.WithTimeout(r.Context(), t.Duration+2*dialTimeout)
 	defer cancel()
 	to, err := v.peer(ctx, r.URL.Query().Get("peer"))
@@ -39,7 +40,7 @@ func (v *verbs) speed(w http.ResponseWriter, r *http.Request) {
 	e := json.NewEncoder(w)
 	// Errors of writing are the client's, whose going away ends the request's context.
 	tell := func(l speedLine) {
-		_ = rc.SetWriteDeadline(time.Now().Add(10 * time.Second))
+		_ = rc.SetWriteDeadline(time.Now().Add(writeTimeout))
 		_ = e.Encode(l)
 		_ = rc.Flush()
 	}

@@ -58,6 +58,12 @@ func (v *verbs) enter() bool {
 	return true
 }
 
+// lateAnswer makes the answer arrive, a refusal too, that is known only after a while.
+func lateAnswer(w http.ResponseWriter, after time.Duration) {
+	// An error is of connections that have no deadlines.
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(after + writeTimeout))
+}
+
 // fail answers with why something could not be done.
 func fail(w http.ResponseWriter, err error) {
 	code := http.StatusBadGateway
@@ -73,6 +79,7 @@ func (v *verbs) dial(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "Upgrade: "+upgradeTo+" is missing", http.StatusUpgradeRequired)
 		return
 	}
+	lateAnswer(w, dialTimeout)
 	ctx, cancel := context.WithTimeout(r.Context(), dialTimeout)
 	defer cancel()
 	inside, err := v.node.Dial(ctx, "tcp", r.URL.Query().Get("address"))
@@ -149,8 +156,7 @@ func (v *verbs) ping(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	// An error is of connections that have no deadlines.
-	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(timeout + dialTimeout))
+	lateAnswer(w, timeout+dialTimeout)
 	lookup, cancel := context.WithTimeout(r.Context(), dialTimeout)
 	defer cancel()
 	addrs, err := v.node.LookupNetIP(lookup, q.Get("network"), q.Get("host"))
