@@ -68,7 +68,7 @@ func begin(c *Config) (*State, error) {
 	if err != nil {
 		return nil, err
 	}
-	j, err := openJournal(journalPath(c.Folder, c.Interface, ns), os.O_CREATE)
+	j, err := newJournal(c.Folder, c.Interface, ns)
 	if err != nil {
 		return nil, err
 	}

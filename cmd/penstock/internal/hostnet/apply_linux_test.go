@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -368,6 +369,39 @@ func TestCutJournal(t *testing.T) {
 			t.Errorf("%d bytes: %v", n, err)
 		}
 		w.same(before, fmt.Sprintf("after %d bytes of a journal", n))
+	}
+}
+
+// TestJournalOfAnotherNamespace: who cannot tell the first namespace from others, as an ordinary user or in containers, has
+// interfaces of the same name in two of them all the same.
+func TestJournalOfAnotherNamespace(t *testing.T) {
+	w := newSandbox(t)
+	w.check(unix.Mount("tmpfs", "/proc/1/ns", "tmpfs", 0, ""))
+	c := w.dnsOnly()
+	c.DNS = DNS{} // /etc is shared
+	w.tun("ps0")
+	one := w.apply(c)
+	if _, err := Apply(c); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "a.toml") {
+		t.Errorf("twice in one namespace: %v", err)
+	}
+	home, err := os.Open("/proc/thread-self/ns/net")
+	w.check(err)
+	defer home.Close()
+	w.check(unix.Unshare(unix.CLONE_NEWNET))
+	w.tun("ps0")
+	two := w.apply(c)
+	if did, err := Recover(w.folder, nil); err != nil || len(did) > 0 {
+		t.Errorf("Recover took back from the living: %+v, %v", did, err)
+	}
+	two.journal.file.Close() // which gives the lock up, as death does
+	if did, err := Recover(w.folder, nil); err != nil || len(did) != 1 || did[0].Err != nil {
+		t.Errorf("Recover: %+v, %v", did, err)
+	}
+	w.check(w.apply(c).Close())
+	w.check(unix.Setns(int(home.Fd()), unix.CLONE_NEWNET))
+	w.check(one.Close())
+	if left, _ := filepath.Glob(filepath.Join(w.folder, "*"+journalEnd)); len(left) > 0 {
+		t.Errorf("left: %v", left)
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 
@@ -72,9 +71,36 @@ const journalEnd = ".journal"
 // machine, or the container, started with have their bare name.
 func journalPath(folder, name, ns string) string {
 	if first, err := os.Readlink("/proc/1/ns/net"); err == nil && first != ns {
-		name += "@" + strings.Trim(strings.TrimPrefix(ns, "net:"), "[]")
+		return otherJournalPath(folder, name, ns)
 	}
 	return filepath.Join(folder, name+journalEnd)
+}
+
+// otherJournalPath is unique whatever the process with number 1 is, or may be known to be.
+func otherJournalPath(folder, name, ns string) string {
+	return filepath.Join(folder, name+"@"+strings.Trim(strings.TrimPrefix(ns, "net:"), "[]")+journalEnd)
+}
+
+// newJournal opens the journal of an interface here. Where one with its bare name is a living node's of another namespace
+// (containers that share the folder; users who may not look at process 1), it is told apart as others are.
+func newJournal(folder, name, ns string) (*journal, error) {
+	j, err := openJournal(journalPath(folder, name, ns), os.O_CREATE)
+	var used *inUseError
+	if errors.As(err, &used) && used.owner.NetNS != ns {
+		return openJournal(otherJournalPath(folder, name, ns), os.O_CREATE)
+	}
+	return j, err
+}
+
+// An inUseError is ErrInUse with who it is.
+type inUseError struct {
+	path  string
+	owner owner
+}
+
+func (e *inUseError) Unwrap() error { return ErrInUse }
+func (e *inUseError) Error() string {
+	return fmt.Sprintf("%v: process %d (%s) is at work on interface %s, says %s", ErrInUse, e.owner.PID, e.owner.Owner, e.owner.Interface, e.path)
 }
 
 // lockFolder keeps other nodes from taking and taking back steps in which they could meet: which
@@ -119,8 +145,7 @@ func openJournal(path string, flags int) (*journal, error) {
 		j := &journal{path: path, file: f}
 		j.read() // for the message alone
 		f.Close()
-		return nil, fmt.Errorf("%w: process %s (%s) is at work on interface %s, says %s",
-			ErrInUse, strconv.Itoa(j.owner.PID), j.owner.Owner, j.owner.Interface, path)
+		return nil, &inUseError{path, j.owner}
 	}
 	if err != nil {
 		f.Close()
