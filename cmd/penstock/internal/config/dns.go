@@ -62,7 +62,10 @@ func (r *reader) domain(it item, root bool) (string, bool) {
 		return it.text, true
 	}
 	name := strings.ToLower(strings.TrimSuffix(it.text, "."))
-	bad := len(name) > 253
+	// What is no part of a name (RFC 1123 2.1, and underscores) would end in a resolv.conf as something else.
+	bad := len(name) > 253 || strings.ContainsFunc(name, func(c rune) bool {
+		return (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' && c != '.'
+	})
 	for label := range strings.SplitSeq(name, ".") {
 		bad = bad || label == "" || len(label) > 63
 	}

@@ -136,6 +136,10 @@ func TestMistakes(t *testing.T) {
 			"node.toml:9: dns.servers: \"dns.example.net\" is not an address; expected the address of a server, such as \"10.66.0.2\"",
 			"node.toml:9: dns.servers: \"10.66.0.2:0\" cannot be a server",
 			"node.toml:9: dns.servers: no peer carries 10.66.0.3"}},
+		{"no domains", node + peerB + "[dns]\nsearch = [\"a b\", \"a\\nnameserver 192.0.2.1\", \"_tcp.x-1.example\"]\n[[dns.split]]\ndomains = \"b\u00fccher.example\"\nvia = \"host\"\n", []string{
+			"node.toml:9: dns.search: \"a b\" is no domain; expected a domain, such as \"corp.example\"",
+			"node.toml:9: dns.search: \"a\\nnameserver 192.0.2.1\" is no domain",
+			"node.toml:11: dns.split.domains: \"b\u00fccher.example\" is no domain"}},
 		{"split dns", node + peerB + "[dns]\nsearch = \"a..b\"\n[[dns.split]]\nservers = \"10.66.0.3\"\ndomains = [\"x.example\", \"X.example.\"]\nvia = \"tunnel\"\n" +
 			"[[dns.split]]\ndomain = \"y.example\"\n[[dns.split]]\ndomains = [\".\", \"-\"]\nvia = \"host\"\nservers = [\"127.0.0.1:5353\"]\n", []string{
 			"node.toml:9: dns.search: \"a..b\" is no domain; expected a domain, such as \"corp.example\"",
