@@ -82,7 +82,7 @@ func (r *TUNReader) readSome() error {
 		return r.q.file.SetReadDeadline(time.Time{})
 	case err != nil && r.t.closed.Load():
 		return errTUNClosed("read")
-	case err != nil:
+	case err != nil && !r.ask():
 		return fmt.Errorf("tunwrap: read: %w", err)
 	case r.errno == unix.EBADFD:
 		r.t.log.Error("the interface has been deleted", "interface", r.t.name)
@@ -91,6 +91,13 @@ func (r *TUNReader) readSome() error {
 		return fmt.Errorf("tunwrap: %w", os.NewSyscallError("readv", r.errno))
 	}
 	return nil
+}
+
+// ask reads without Go's poller, which refuses a file once its interface has been deleted, for ever and without a
+// reason. It reports false if the kernel has nothing to say.
+func (r *TUNReader) ask() (said bool) {
+	_ = r.q.raw.Control(func(fd uintptr) { said = r.fill(fd) }) // fails only after Close
+	return said
 }
 
 // fillFrom reads packets from fd until the buffers are full or there are no more. It reports false
