@@ -240,10 +240,13 @@ func (c *coalescer) find(b []byte, l *layout) (s *slot, found bool) {
 	}
 }
 
-// flowHash mixes addresses and ports.
+// flowHash mixes addresses and, of a packet that has them, ports.
 func flowHash(b []byte, l *layout) uint32 {
 	const prime = 0x9e3779b97f4a7c15 // 2^64 divided by the golden ratio
-	h := uint64(be32(b, l.l4))
+	h := uint64(l.proto)
+	if (l.proto == protoTCP || l.proto == protoUDP) && !l.fragment && l.l4+4 <= len(b) {
+		h = uint64(be32(b, l.l4))
+	}
 	for a := l.addresses(b); len(a) >= 8; a = a[8:] {
 		h = (h ^ binary.BigEndian.Uint64(a)) * prime
 		h ^= h >> 29

@@ -26,7 +26,6 @@ type tunPlatform struct {
 	groTCP  atomic.Bool                                       // until withdrawn
 	groUDP  atomic.Bool
 	refused struct{ tcp, udp atomic.Int32 } // superpackets in a row, see TUN.refusal
-	turn    atomic.Uint32                   // which queue the next new writer writes to
 	writers sync.Pool                       // of *tunWriter
 }
 

@@ -16,17 +16,18 @@ const refusals = 8
 // with goroutines that are not its own.
 type tunWriter struct {
 	t         *TUN
-	q         *tunQueue
+	q         *tunQueue // where the group at is to go
+	at        int
 	coalescer coalescer
 
 	head    [vnetHeaderSize + maxHeader]byte // what stands before the payload of a superpacket
 	vectors [1 + maxMembers]unix.Iovec
-	flush   func(fd uintptr) // writes the groups
+	flush   func(fd uintptr) // writes the groups from at on that go to q
 	counts  inboundCounts
 }
 
 func newTUNWriter(t *TUN) *tunWriter {
-	x := &tunWriter{t: t, q: t.queues[int(t.turn.Add(1)-1)%len(t.queues)]}
+	x := &tunWriter{t: t}
 	x.flush = x.flushTo
 	return x
 }
@@ -42,7 +43,10 @@ func (t *TUN) Write(bufs [][]byte, offset int) (n int, err error) {
 	x := t.writers.Get().(*tunWriter)
 	defer t.writers.Put(x)
 	x.collect(bufs, offset)
-	err = x.q.raw.Control(x.flush)
+	for x.at = 0; x.at < len(x.coalescer.groups) && err == nil; {
+		x.q = x.queue()
+		err = x.q.raw.Control(x.flush)
+	}
 	x.coalescer.end()
 	x.t.inbound.add(&x.counts)
 	x.counts = inboundCounts{}
@@ -94,20 +98,33 @@ func (x *tunWriter) collect(bufs [][]byte, offset int) {
 func (t *TUN) takeMessage(b []byte) {
 	x := t.writers.Get().(*tunWriter)
 	defer t.writers.Put(x)
-	_ = x.q.raw.Control(func(fd uintptr) { x.plain(fd, b) }) // fails only after Close
+	_ = t.queues[0].raw.Control(func(fd uintptr) { x.plain(fd, b) }) // fails only after Close
 	clear(x.vectors[:2])
 	x.counts = inboundCounts{} // it has not come from a peer
 }
 
-// flushTo writes the groups that may pass to fd.
+// queue is where the group at goes: always the same one for a flow, because the kernel sends what it has for the
+// flow out by the queue to which a packet of it was written last (tun_flow_update), and in another queue
+// packets overtake those before them.
+func (x *tunWriter) queue() *tunQueue {
+	qs := x.t.queues
+	if len(qs) == 1 {
+		return qs[0]
+	}
+	g := &x.coalescer.groups[x.at]
+	h := flowHash(x.coalescer.packets[g.first].b, &g.layout)
+	return qs[uint64(h)*uint64(len(qs))>>32]
+}
+
+// flushTo writes the groups from at on that go to q and may pass to fd, which is q's.
 func (x *tunWriter) flushTo(fd uintptr) {
 	c := &x.coalescer
 	filter, now := x.t.filter.Load(), int64(0)
 	if filter != nil {
 		now = filter.now()
 	}
-	for i := range c.groups {
-		g := &c.groups[i]
+	for ; x.at < len(c.groups) && x.queue() == x.q; x.at++ {
+		g := &c.groups[x.at]
 		if filter != nil {
 			if d := filter.inbound(c.packets[g.first].b, &g.layout, g.total, now); d != DropNone {
 				x.t.drops.addN(d, int(g.count))
