@@ -126,3 +126,38 @@ func TestNoSwitch(t *testing.T) {
 		t.Errorf("refused %v, passed on %d", st.Refused, st.Switched)
 	}
 }
+
+// TestSwitchSmallerMTU: peers that have been told a larger MTU than the node in between learn of its own.
+func TestSwitchSmallerMTU(t *testing.T) {
+	a, router, c := star(t, func(c *Config) { c.Switch, c.MTU = true, 1300 })
+	for _, addr := range []string{"10.66.0.3:80", "[fd66::3]:80"} {
+		l, err := c.Listen("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make(chan int64, 1)
+		go func() {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+			n, _ := io.Copy(io.Discard, conn)
+			got <- n
+		}()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		conn, err := a.Dial(ctx, "tcp", addr)
+		cancel()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetWriteDeadline(time.Now().Add(5 * time.Second))
+		conn.Write(make([]byte, 1<<20))
+		conn.Close()
+		if n := <-got; n != 1<<20 {
+			t.Errorf("%s: %d bytes of %d have come; the router drops %v", addr, n, 1<<20, router.Status().Drops)
+		}
+		l.Close()
+	}
+}

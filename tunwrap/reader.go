@@ -146,18 +146,22 @@ func (r *Reader) send(pkt *stack.PacketBuffer, nat *natTable, filter *Filter, ds
 	// gVisor's TCP marks all its packets but SYN for offload, and the MSS is 0 until the
 	// handshake is done (Endpoint.initGSO comes before newSender).
 	g.Type = GSONone
-	d := DropOversize
-	if total <= len(dst) {
-		dst = dst[:total]
-		at := 0
-		for _, v := range r.viewsOf(pkt) {
-			at += copy(dst[at:], v)
-		}
-		d = finishFiltered(dst, &g, nat, filter, r.now)
+	b := dst
+	if total > len(dst) {
+		b = make([]byte, total) // to be answered
 	}
+	at := 0
+	for _, v := range r.viewsOf(pkt) {
+		at += copy(b[at:], v)
+	}
+	d := finishFiltered(b[:total], &g, nat, filter, r.now)
 	pkt.DecRef()
-	if d != DropNone {
+	switch {
+	case d != DropNone:
 		r.w.drops.add(d)
+		return 0
+	case total > len(dst):
+		r.w.TooBig(b, len(dst))
 		return 0
 	}
 	*size = total
@@ -207,13 +211,13 @@ func finishLocated(b []byte, l *layout, g *GSO, nat *natTable) Drop {
 	return DropNone
 }
 
-// split writes segments of the current superpacket and releases it after the last.
+// split writes segments of the current superpacket and releases it after the last. Some do not fit if the Link has passed on
+// what a peer with a larger MTU has sent.
 func (r *Reader) split(bufs [][]byte, sizes []int, offset int) (n int) {
 	for r.seg.busy && n < len(bufs) {
 		size := r.seg.segmentLen()
-		if offset+size > len(bufs[n]) {
-			r.w.drops.add(DropOversize)
-			r.seg.drop()
+		if fits := len(bufs[n]) - offset; size > fits {
+			r.seg.tooLong(fits, &r.w.drops, r.w.TooBig)
 			continue
 		}
 		r.seg.next(bufs[n][offset:])

@@ -39,6 +39,7 @@ type segmenter struct {
 	seq   uint32 // TCP sequence number of the next segment
 	flags uint8  // TCP flags of the superpacket, less those of segments already made
 	busy  bool
+	told  bool // the sender has been told that its segments are too big
 }
 
 // load begins with the superpacket that views hold, size bytes in all. It copies the headers
@@ -60,7 +61,7 @@ func (s *segmenter) load(views [][]byte, size int, g GSO) Drop {
 	s.layout, s.gso, s.hdrLen = l, g, int(g.HdrLen)
 	s.views, s.at, s.left = views, 0, size-s.hdrLen
 	s.skip(s.hdrLen)
-	s.busy = true
+	s.busy, s.told = true, false
 	return DropNone
 }
 
@@ -152,6 +153,20 @@ func (s *segmenter) drop() {
 	if s.left == 0 {
 		s.reset()
 	}
+}
+
+// tooLong takes the next segment, for which there is room for fits bytes only, to tooBig, like any packet that is too
+// big: it is fragmented if it may be, else the sender is told. That is done once; then segments are dropped.
+func (s *segmenter) tooLong(fits int, drops *dropCounters, tooBig func(packet []byte, mtu int)) {
+	if s.told {
+		drops.add(DropOversize)
+		s.drop()
+		return
+	}
+	s.told = s.layout.version == 6 || be16(s.head[:], ip4FragOff)&ip4FlagDF != 0
+	b := make([]byte, s.segmentLen())
+	s.next(b)
+	tooBig(b, fits)
 }
 
 // copyPayload fills dst from the views.

@@ -12,8 +12,6 @@ type unpacker struct {
 	// part before spillStart takes what of the payload in that buffer is not the first segment's.
 	spill [spillStart + maxPacket + 1]byte
 
-	told bool // the sender of the superpacket in seg has been told that it is too big
-
 	counts outboundCounts
 	now    int64 // of the packets at hand, for the filter
 }
@@ -116,7 +114,6 @@ func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable, filter *Filt
 		nat.outbound(u.seg.headers(), &u.seg.layout, &u.seg.gso)
 	}
 	u.seg.prime()
-	u.told = false
 	if u.seg.left > int(u.seg.gso.GSOSize) {
 		u.counts.superpackets++
 	}
@@ -124,21 +121,12 @@ func (u *unpacker) load(dst []byte, size int, g GSO, nat *natTable, filter *Filt
 }
 
 // split writes segments of the superpacket in seg until bufs are full, to bufs[i][offset:], their lengths to
-// sizes, and returns how many. Of segments that do not fit, because somebody has given the interface a larger MTU
-// than the tunnel's, the first is answered like any packet too big.
+// sizes, and returns how many. Some do not fit if somebody has given the interface a larger MTU than the tunnel's.
 func (u *unpacker) split(bufs [][]byte, sizes []int, offset int, t *TUN) (n int) {
 	for u.seg.busy && n < len(bufs) {
 		size := u.seg.segmentLen()
 		if fits := len(bufs[n]) - offset; size > fits {
-			if u.told {
-				t.drops.add(DropOversize)
-				u.seg.drop()
-				continue
-			}
-			u.told = true
-			b := make([]byte, size)
-			u.seg.next(b)
-			t.TooBig(b, fits)
+			u.seg.tooLong(fits, &t.drops, t.TooBig)
 			continue
 		}
 		u.seg.next(bufs[n][offset:])

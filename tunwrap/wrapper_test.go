@@ -91,11 +91,11 @@ func buffers(n, size int) ([][]byte, []int) {
 	return bufs, make([]int, n)
 }
 
-// Packets that do not fit a buffer, and packets that make no sense, are dropped and counted; the
+// Packets that do not fit a buffer are answered, packets that make no sense are dropped and counted; the
 // others come out.
 func TestReadDrops(t *testing.T) {
-	big := spec{udp: true, payload: payload(1500)}
-	super := spec{flags: ack, payload: payload(5200)} // segments of 2040 bytes, 2040, 1240
+	big := spec{udp: true, df: true, payload: payload(1500)}
+	super := spec{df: true, flags: ack, payload: payload(5200)} // segments of 2040 bytes, 2040, 1240
 	tail := super
 	tail.seq, tail.id, tail.payload = 4000, 2, payload(5200)[4000:]
 	good := spec{udp: true, payload: payload(9)}
@@ -108,15 +108,42 @@ func TestReadDrops(t *testing.T) {
 		garbage,
 		outboundPacket(good.full(), good.hdrLen(), GSO{}),
 	}}
+	link.delivered = func(pkt *stack.PacketBuffer) {
+		b := bytesOf(pkt)
+		if l, _ := locate(b, len(b)); valid(b) != nil || be16(b, l.l4+6) != 1400 {
+			t.Errorf("message %x", b[:40])
+		}
+	}
 	w := New(link, Options{})
 	defer w.Close()
 	got := readAll(t, w, 10, 1400+headroom)
 	if err := differ(got, [][]byte{tail.full(), good.full()}); err != nil {
 		t.Error(err)
 	}
+	if n := w.Stats().TooBig; n != 2 {
+		t.Errorf("%d messages, want one for each flow", n)
+	}
 	d := w.Drops()
-	if d[DropOversize] != 4 || d[DropMalformed] != 1 || d.Total() != 5 {
+	if d[DropOversize] != 1 || d[DropTooBigRate] != 1 || d[DropMalformed] != 1 || d.Total() != 3 {
 		t.Errorf("drops %v", d)
+	}
+}
+
+// What does not fit a buffer and may be fragmented is, every segment of a superpacket too.
+func TestReadFragments(t *testing.T) {
+	big := spec{udp: true, payload: payload(1500)}
+	super := spec{flags: ack, payload: payload(5200)}
+	w := New(&fakeLink{queue: []*stack.PacketBuffer{
+		outboundPacket(big.full(), big.hdrLen(), GSO{}),
+		outboundPacket(super.partial(), super.hdrLen(), super.gso(2000)),
+	}}, Options{})
+	defer w.Close()
+	n := 0
+	for _, b := range readAll(t, w, 10, 1400+headroom) {
+		n += len(b) - 20
+	}
+	if want := 8 + 1500 + 3*20 + 5200; n != want || w.Stats().Fragments != 6 || w.Drops() != (Drops{}) {
+		t.Errorf("%d bytes, want %d; %d fragments, drops %v", n, want, w.Stats().Fragments, w.Drops())
 	}
 }
 
