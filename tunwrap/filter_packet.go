@@ -170,10 +170,18 @@ func (p *filterPacket) icmp(t []byte, l *layout, d Direction) packetClass {
 	if drop != DropNone || il.version != l.version || il.later {
 		return classRefused
 	}
-	// What comes in quotes what went out.
+	// What comes in quotes what went out, and goes to whoever has sent that: otherwise a flow with one host would let
+	// its peer send errors to every other.
 	back := Inbound + Outbound - d
+	to := p.key[:16]
+	if d == Outbound {
+		to = p.key[16:32]
+	}
+	sender := [16]byte(to)
 	clear(p.key[:])
-	p.addresses(inner, &il, back)
+	if p.addresses(inner, &il, back); sender != [16]byte(to) {
+		return classRefused
+	}
 	it := inner[il.l4:]
 	switch il.proto {
 	case protoTCP, protoUDP:

@@ -368,6 +368,7 @@ func TestFilterErrors(t *testing.T) {
 			f.must(true, Inbound, name+" from a network of the peer", icmpOf(2, 1, types[0], types[1], 1, quotes(p[0], 48)...)...)
 			f.must(false, Inbound, name+" from another peer", icmpOf(3, 1, types[0], types[1], 1, quotes(p[0], 48)...)...)
 			f.must(false, Inbound, name+" about nothing", icmpOf(2, 1, types[0], types[1], 1, quotes(p[1], 48)...)...)
+			f.must(false, Inbound, name+" to somebody else", icmpOf(2, 9, types[0], types[1], 1, quotes(p[0], 48)...)...)
 			f.must(false, Inbound, name+" about its own packet", icmpOf(2, 1, types[0], types[1], 1, quotes(reversed(p[0]), 48)...)...)
 		}
 	}
@@ -384,6 +385,7 @@ func TestFilterErrors(t *testing.T) {
 	f.must(false, Outbound, "before", icmpOf(1, 2, 3, 1, 3, quotes(udpIn(9, 53), 48)...)...)
 	f.must(true, Inbound, "query", udpIn(9, 53)...)
 	f.must(true, Outbound, "port unreachable", icmpOf(1, 2, 3, 1, 3, quotes(udpIn(9, 53), 48)...)...)
+	f.must(true, Outbound, "from a router on this side", icmpOf(9, 2, 3, 1, 3, quotes(udpIn(9, 53), 48)...)...)
 	f.must(false, Outbound, "to another", icmpOf(1, 3, 3, 1, 3, quotes(udpIn(9, 53), 48)...)...)
 }
 
