@@ -25,7 +25,7 @@ func (l *routerLink) across(h header.Network) bool {
 // passOn queues a packet that has come from a peer and is for another. head is its network header of the least
 // size. It borrows pkt.
 func (l *routerLink) passOn(pkt *stack.PacketBuffer, head []byte, protocol tcpip.TransportProtocolNumber) {
-	if mss := pkt.GSOOptions.MSS; mss != 0 && protocol == header.TCPProtocolNumber {
+	if mss := pkt.GSOOptions.MSS; mss != 0 { // a superpacket, of TCP, perhaps behind extension headers
 		o := stack.GSO{Type: stack.GSOTCPv4, NeedsCsum: true, CsumOffset: header.TCPChecksumOffset, MSS: mss, L3HdrLen: uint16(len(head))}
 		if len(head) != header.IPv4MinimumSize {
 			o.Type = stack.GSOTCPv6
