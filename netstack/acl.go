@@ -36,6 +36,9 @@ type ACLLimits struct {
 	// TCPIdle is the silence after which a connection is forgotten, and UDPIdle after which
 	// any other flow is that was answered, ping excepted.
 	TCPIdle, UDPIdle time.Duration
+	// Stateless: nothing is remembered. The rules, which then have no Protocol and no Ports, decide about each packet
+	// by its addresses, and what they let through one way needs one for the way back too.
+	Stateless bool
 }
 
 // validate reports what is wrong with the rules and limits.
@@ -68,6 +71,9 @@ func (c *Config) validateACL(bad complain) {
 				bad(index(key+".Ports", j), fmt.Sprintf("%d-%d", p.First, p.Last), "a range such as 80-90, from 1 on")
 			}
 		}
+		if c.ACLLimits.Stateless && (r.Protocol != "" || len(r.Ports) > 0) {
+			bad(key, r.Protocol, "no protocol and no ports, as ACLLimits.Stateless is set")
+		}
 		prefixes(key+".From", r.From)
 		prefixes(key+".To", r.To)
 	}
@@ -97,7 +103,7 @@ func (c *Config) newFilter() (*tunwrap.Filter, error) {
 	}
 	o := tunwrap.FilterOptions{
 		Flows: c.ACLLimits.Flows, FlowsPerPeer: c.ACLLimits.FlowsPerPeer,
-		TCPIdle: c.ACLLimits.TCPIdle, UDPIdle: c.ACLLimits.UDPIdle,
+		TCPIdle: c.ACLLimits.TCPIdle, UDPIdle: c.ACLLimits.UDPIdle, Stateless: c.ACLLimits.Stateless,
 	}
 	for i := range c.ACL {
 		r := &c.ACL[i]
@@ -147,6 +153,8 @@ func (n *Node) followMembers() {
 // ACLStatus is about the packet filter. A superpacket counts as one packet; bytes are those of IP packets.
 type ACLStatus struct {
 	Rules []ACLRuleStatus `json:"rules"` // in order
+	// Stateless: there are no flows, and the numbers about them are 0.
+	Stateless bool `json:"stateless,omitempty"`
 	// Flows is how many are remembered now, and the others how many may be.
 	Flows            int `json:"flows"`
 	FlowLimit        int `json:"flow_limit"`
@@ -182,7 +190,7 @@ func (n *Node) aclStatus() *ACLStatus {
 	}
 	f := n.filter.Stats()
 	s := &ACLStatus{
-		Flows: f.Flows, FlowLimit: f.Limit, FlowLimitPerPeer: f.LimitPerPeer,
+		Stateless: n.cfg.ACLLimits.Stateless, Flows: f.Flows, FlowLimit: f.Limit, FlowLimitPerPeer: f.LimitPerPeer,
 		Known: ACLCount(f.Known), NoRule: ACLCount(f.NoRule), Unknown: ACLCount(f.Unknown), Full: ACLCount(f.Full),
 	}
 	n.mu.Lock()

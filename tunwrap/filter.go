@@ -32,15 +32,19 @@ import (
 // that overtakes the first is lost. Packets with a route in them (IPv4 source routing, an IPv6
 // routing header with segments left) are refused.
 //
+// With [FilterOptions.Stateless] there are no flows: the rules decide about each packet by its addresses, replies,
+// errors and fragments like any other.
+//
 // All its methods may be called from any goroutine. One Filter may serve several devices,
 // which then share its flows.
 type Filter struct {
 	flowTable
 
-	table atomic.Pointer[filterTable]
-	rules []FilterRule
-	count []directions // one for each rule
-	other [numRefusals]directions
+	table     atomic.Pointer[filterTable]
+	stateless bool
+	rules     []FilterRule
+	count     []directions // one for each rule
+	other     [numRefusals]directions
 
 	stranger *filterPeer // who has an address that is no peer's
 
@@ -81,6 +85,9 @@ type FilterPeer struct {
 type FilterOptions struct {
 	Rules []FilterRule
 	Peers []FilterPeer
+	// Stateless makes each packet be decided by the rules alone, which then name no protocol and no ports. Nothing
+	// is remembered, so nobody can use that up; what the rules let through one way needs one for the way back too.
+	Stateless bool
 	// Flows bounds what is remembered in all, and FlowsPerPeer what is for one peer, so that
 	// none uses it up for the others. What begins a flow beyond it is refused. 0 means
 	// DefaultFlows, and a quarter of Flows. A flow takes about 100 bytes.
@@ -143,10 +150,14 @@ func NewFilter(o FilterOptions) (*Filter, error) {
 		count:    make([]directions, len(o.Rules)),
 		stranger: new(filterPeer),
 	}
+	f.stateless = o.Stateless
 	f.flowTable.init(&o)
 	for i := range f.rules {
 		if err := f.rules[i].validate(); err != nil {
 			return nil, err
+		}
+		if r := &f.rules[i]; f.stateless && (r.Protocol != "" || len(r.Ports) > 0) {
+			return nil, fmt.Errorf("%w: without flows it cannot name a protocol or ports", ErrFilterRule)
 		}
 	}
 	return f, f.SetPeers(o.Peers)
@@ -309,8 +320,11 @@ func (f *Filter) inbound(b []byte, l *layout, size int, now int64) Drop {
 }
 
 func (f *Filter) judge(b []byte, l *layout, size int, d Direction, now int64) Drop {
-	f.sweepSome(now)
 	t := f.table.Load()
+	if f.stateless {
+		return f.glance(t, b, l, size, d)
+	}
+	f.sweepSome(now)
 	var p filterPacket
 	p.read(b, l, d)
 	p.size = size
@@ -328,6 +342,25 @@ func (f *Filter) judge(b []byte, l *layout, size int, d Direction, now int64) Dr
 	}
 	if r != notRefused {
 		return f.refuse(r, &p)
+	}
+	return DropNone
+}
+
+// glance decides by the addresses of a packet alone.
+func (f *Filter) glance(t *filterTable, b []byte, l *layout, size int, d Direction) Drop {
+	p := filterPacket{direction: d, version: l.version, size: size}
+	if hasRoute(b, l) {
+		return f.refuse(refusedUnknown, &p)
+	}
+	p.addresses(b, l, d)
+	o := p.opening(t)
+	rule, allowed := t.decide(&o)
+	if rule == noRule {
+		return f.refuse(refusedNoRule, &p)
+	}
+	f.count[rule].add(&p)
+	if !allowed {
+		return DropFilter
 	}
 	return DropNone
 }

@@ -101,7 +101,7 @@ func (f *Filter) Stats() FilterStats {
 		firstBytes := c.out.firstBytes.Load() + c.in.firstBytes.Load()
 		r := FilterRuleStats{Flows: first, Outbound: c.out.load(), Inbound: c.in.load()}
 		s.Rules[i] = r
-		if !f.rules[i].Deny {
+		if !f.rules[i].Deny && !f.stateless {
 			s.Known.Packets += r.Outbound.Packets + r.Inbound.Packets - first
 			s.Known.Bytes += r.Outbound.Bytes + r.Inbound.Bytes - firstBytes
 		}

@@ -718,3 +718,31 @@ func TestFilterDevice(t *testing.T) {
 		w.Close()
 	}
 }
+
+// Without flows the rules decide about each packet by its addresses, and nothing is remembered.
+func TestFilterStateless(t *testing.T) {
+	f := newFilterTestOf(t, FilterOptions{Stateless: true, Peers: filterPeers, Rules: []FilterRule{
+		{To: prefixes("10.0.0.1/32", "fd00::1/128")},
+		{Deny: true, Direction: Inbound, To: prefixes("10.0.0.0/24", "fd00::/64")},
+		{Peer: "b"},
+		{Direction: Outbound, To: prefixes("10.0.0.3/32")},
+	}})
+	f.must(true, Inbound, "to this node", udpIn(9, 53)...)
+	f.must(true, Outbound, "and back", reversed(udpIn(9, 53))...)
+	f.must(true, Outbound, "reset of nothing", packetOut(false, flagRST, 1000, 80, 2)...)
+	f.must(true, Inbound, "answer to nobody's ping", pingIn(2, 1)...)
+	f.must(false, Inbound, "from peer to peer", (&spec{udp: true, src: hostAddr(false, 2), dst: hostAddr(false, 3), payload: payload(9)}).full())
+	fragments := fragmentsOf((&spec{udp: true, src: nodeAddr(false), dst: hostAddr(false, 3), payload: payload(3000)}).full(), 1000, 2)
+	f.must(true, Outbound, "fragments in any order", fragments[1], fragments[0])
+	f.must(false, Outbound, "over IPv6, by no rule", (&spec{v6: true, udp: true, src: nodeAddr(true), dst: hostAddr(true, 3), payload: payload(9)}).full())
+	f.must(true, Inbound, "an error about nothing", icmpOf(2, 1, 3, 1, 3, quotes(udpIn(9, 53), 48)...)...)
+	for i := range 2 * DefaultFlows {
+		f.must(true, Inbound, "one of many", (&spec{udp: true, sport: uint16(i), dport: uint16(i >> 16), src: hostAddr(false, 2), dst: nodeAddr(false)}).full())
+	}
+	if s := f.Stats(); s.Flows != 0 || s.Known.Packets != 0 || s.Rules[1].Inbound.Packets != 1 || s.NoRule.Packets != 1 || s.Full.Packets != 0 {
+		t.Errorf("%+v", s)
+	}
+	if _, err := NewFilter(FilterOptions{Stateless: true, Rules: []FilterRule{{Protocol: "tcp"}}}); !errors.Is(err, ErrFilterRule) {
+		t.Errorf("with a protocol: %v", err)
+	}
+}

@@ -199,7 +199,8 @@ func startServer(c *config.Server, h *host, log *slog.Logger) (*gateway.Server, 
 	case h != nil:
 		g.Node.TUN = &netstack.TUNConfig{Name: c.TUN.Name, Queues: c.TUN.Queues, MTUChanged: h.pathMTU}
 		if !c.ClientToClient {
-			g.Node.ACL = clientsApart(c)
+			// Flows would be work, and clients could use up what there is room for.
+			g.Node.ACL, g.Node.ACLLimits.Stateless = clientsApart(c), true
 		}
 		warnForwarding(c, log)
 	case g.Node.Router == nil:

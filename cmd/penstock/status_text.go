@@ -252,11 +252,17 @@ func (p *page) acl(r *control.Report) {
 		return
 	}
 	p.heading("packet filter")
-	p.line("flows", "%d known, of %d and %d a peer; %s in %d packets were theirs",
-		s.Flows, s.FlowLimit, s.FlowLimitPerPeer, amount(s.Known.Bytes), s.Known.Packets)
+	if !s.Stateless {
+		p.line("flows", "%d known, of %d and %d a peer; %s in %d packets were theirs",
+			s.Flows, s.FlowLimit, s.FlowLimitPerPeer, amount(s.Known.Bytes), s.Known.Packets)
+	}
 	for i, rule := range s.Rules {
 		p.line(fmt.Sprintf("rule %d", i+1), "%s", rule.Rule)
-		p.line("", "%d flows, outbound %s in %d packets, inbound %s in %d", rule.Flows,
+		flows := ""
+		if !s.Stateless {
+			flows = fmt.Sprintf("%d flows, ", rule.Flows)
+		}
+		p.line("", "%soutbound %s in %d packets, inbound %s in %d", flows,
 			amount(rule.Outbound.Bytes), rule.Outbound.Packets, amount(rule.Inbound.Bytes), rule.Inbound.Packets)
 	}
 	for _, d := range []struct {

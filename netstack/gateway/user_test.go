@@ -133,26 +133,38 @@ func TestUnknownUserTakesAsLong(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	took := func(name, password string) time.Duration {
-		least := time.Hour
-		for range 5 {
-			began := time.Now()
-			if _, err := f.Password(t.Context(), name, password); !errors.Is(err, ErrDenied) {
-				t.Errorf("%s: %v", name, err)
+	// The least of several tries, on a machine that has other work too.
+	least := map[[2]string]time.Duration{}
+	try := func(name, password string) time.Duration {
+		began := time.Now()
+		if _, err := f.Password(t.Context(), name, password); !errors.Is(err, ErrDenied) {
+			t.Errorf("%s: %v", name, err)
+		}
+		key := [2]string{name, password}
+		d := time.Since(began)
+		if before, ok := least[key]; ok {
+			d = min(d, before)
+		}
+		least[key] = d
+		return d
+	}
+	var bad []string
+	for range 40 {
+		bad = nil
+		wrong := try("alice", "wrong")
+		for name, password := range map[string]string{"nobody": "x", "bob": "secret", "carol": "*", "": "", strings.Repeat("x", 100): "x"} {
+			if d := try(name, password); d < wrong/2 || d > 2*wrong {
+				bad = append(bad, fmt.Sprintf("%q is refused after %v, a wrong password after %v", name, d, wrong))
 			}
-			least = min(least, time.Since(began))
 		}
-		return least
-	}
-	wrong := took("alice", "wrong")
-	for name, password := range map[string]string{"nobody": "x", "bob": "secret", "carol": "*", "": "", strings.Repeat("x", 100): "x"} {
-		if d := took(name, password); d < wrong/2 || d > 2*wrong {
-			t.Errorf("%q is refused after %v, a wrong password after %v", name, d, wrong)
+		if d := try("alice", "secret"+strings.Repeat("x", 100)); d < wrong/2 {
+			bad = append(bad, fmt.Sprintf("a long password is refused after %v, a wrong one after %v", d, wrong))
+		}
+		if len(bad) == 0 {
+			return
 		}
 	}
-	if d := took("alice", "secret"+strings.Repeat("x", 100)); d < wrong/2 {
-		t.Errorf("a long password is refused after %v", d)
-	}
+	t.Errorf("%q", bad)
 }
 
 // TestPasswordGate: a flood of passwords is refused rather than kept, and takes no more than its share.
