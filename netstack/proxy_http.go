@@ -45,6 +45,8 @@ func newHTTPProxy(p *proxy) *httpProxy {
 	}
 	h.forward = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
+			// What Go's own parser would not take, such as a semicolon, has been left out.
+			r.Out.URL.RawQuery = r.In.URL.RawQuery
 			// Not ours to remove: they speak of proxies before us.
 			for _, k := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 				if v, ok := r.In.Header[k]; ok {

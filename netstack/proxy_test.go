@@ -366,6 +366,41 @@ func TestProxyHTTPBytes(t *testing.T) {
 	}
 }
 
+// TestProxyHTTPQuery: what a client asks for is not the proxy's to tidy up.
+func TestProxyHTTPQuery(t *testing.T) {
+	a, b := pair(t, nil)
+	l, err := b.Listen("tcp", "10.66.0.2:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.RequestURI) })}
+	go s.Serve(l)
+	t.Cleanup(func() { s.Close() })
+	outside, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := a.ServeProxy(outside, ProxyOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: p.Addr().String()})}
+	t.Cleanup(c.CloseIdleConnections)
+	for _, uri := range []string{"/?p=penstock.git;a=summary", "/a%2Fb/../c?z=1&a=%zz", "/x?b=2&a=1", "/?"} {
+		request, _ := http.NewRequest("GET", "http://10.66.0.2/", nil)
+		request.URL.Opaque = "//10.66.0.2" + uri
+		response, err := c.RoundTrip(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, _ := io.ReadAll(response.Body)
+		response.Body.Close()
+		if string(got) != uri {
+			t.Errorf("asked for %s, the service was asked for %s", uri, got)
+		}
+	}
+}
+
 // TestProxyAbuse: clients that say nothing, too little, too slowly or nonsense are gone when their time
 // is over, however many, and those that behave are served meanwhile.
 func TestProxyAbuse(t *testing.T) {
