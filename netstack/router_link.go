@@ -6,6 +6,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"github.com/penstock-vpn/penstock/linkep"
 	"github.com/penstock-vpn/penstock/tunwrap"
@@ -84,6 +85,9 @@ func (l *routerLink) route4(pkt *stack.PacketBuffer, h header.IPv4) {
 		l.passOn(pkt, h[:header.IPv4MinimumSize], h.TransportProtocol())
 		return
 	}
+	if h.TransportProtocol() == header.TCPProtocolNumber && h.FragmentOffset() == 0 {
+		l.reopen(pkt, h, int(h.HeaderLength()), header.IPv4ProtocolNumber)
+	}
 	(*l.dispatcher.Load()).DeliverNetworkPacket(header.IPv4ProtocolNumber, pkt)
 }
 
@@ -104,6 +108,9 @@ func (l *routerLink) route6(pkt *stack.PacketBuffer, h header.IPv6) {
 	if across {
 		l.passOn(pkt, h, tcpip.TransportProtocolNumber(h.NextHeader()))
 		return
+	}
+	if h.TransportProtocol() == header.TCPProtocolNumber {
+		l.reopen(pkt, h, header.IPv6MinimumSize, header.IPv6ProtocolNumber)
 	}
 	// Below 255 it can be no neighbour discovery either (RFC 4861 6.1, 7.1), which the
 	// stack would answer.
@@ -129,6 +136,29 @@ func (l *routerLink) admit(pkt *stack.PacketBuffer, h header.Network) bool {
 		l.router.errs.send(errProhibited, pkt)
 	}
 	return false
+}
+
+// reopen makes way for the SYN of a client that has the same ports again, for the same target, as a connection which is
+// in TIME-WAIT (RFC 9293 3.6.1). The stack does that only where there is a listener, and would drop the SYN for
+// a minute: whenever the target has closed first, the client's system may use its port again at once. A SYN that
+// comes late, of the old connection, does no harm: its client resets what it did not ask for. It
+// borrows pkt, whose TCP header begins at start.
+func (l *routerLink) reopen(pkt *stack.PacketBuffer, h header.Network, start int, protocol tcpip.NetworkProtocolNumber) {
+	b, ok := pkt.Data().PullUp(start + header.TCPMinimumSize)
+	if !ok {
+		return
+	}
+	t := header.TCP(b[start:])
+	if t.Flags()&(header.TCPFlagSyn|header.TCPFlagAck|header.TCPFlagRst) != header.TCPFlagSyn {
+		return
+	}
+	e, ok := l.router.stack.FindTransportEndpoint(protocol, header.TCPProtocolNumber, stack.TransportEndpointID{
+		LocalAddress: h.DestinationAddress(), LocalPort: t.DestinationPort(),
+		RemoteAddress: h.SourceAddress(), RemotePort: t.SourcePort(),
+	}, nicID).(*tcp.Endpoint)
+	if ok && e.EndpointState() == tcp.StateTimeWait {
+		e.Abort()
+	}
 }
 
 // A routerPort is the routerLink as the router's stack sees it.

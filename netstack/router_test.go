@@ -252,3 +252,29 @@ func TestRouterBlackHole(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// TestRouterSamePort: a client whose system gives it the same port again need not wait until the router's stack
+// has forgotten the last connection, which the target had closed first.
+func TestRouterSamePort(t *testing.T) {
+	at := serveTCP(t, func(c *net.TCPConn) { io.WriteString(c, "hello") })
+	a, b := routedPair(t, nil)
+	if terr := a.stack.SetPortRange(50000, 50000); terr != nil {
+		t.Fatal(terr)
+	}
+	for _, host := range []string{"203.0.113.1", "2001:db8::1"} {
+		for i := range 3 {
+			c, err := a.Dial(within(t, 5*time.Second), "tcp", hostPort(host, at))
+			if err != nil {
+				t.Fatalf("%s, connection %d: %v", host, i, err)
+			}
+			if got, err := io.ReadAll(c); err != nil || string(got) != "hello" {
+				t.Fatalf("%s, connection %d: %q, %v", host, i, got, err)
+			}
+			c.Close()
+			waitRouter(t, b, func(s *RouterStatus) bool { return s.TCP.Open == 0 })
+			for end := time.Now().Add(patience); len(a.stack.RegisteredEndpoints()) > 0 && time.Now().Before(end); {
+				time.Sleep(time.Millisecond) // the client has its port until the router has acknowledged its FIN
+			}
+		}
+	}
+}
