@@ -103,17 +103,20 @@ type dnsRule struct {
 	domain  string // canonical; "" for all names
 	servers []netip.AddrPort
 	viaHost bool
+	// of is the system's server that a resolver has chosen, and which alone is asked. What it says, or that it does not
+	// answer, is nothing about the next.
+	of netip.AddrPort
 }
 
 // rules are those of d, the longest domain first.
 func (d *DNS) rules() (rules []*dnsRule) {
 	for _, s := range d.Split {
 		for _, name := range s.Domains {
-			rules = append(rules, &dnsRule{canonical(name), s.Servers, s.ViaHost})
+			rules = append(rules, &dnsRule{domain: canonical(name), servers: s.Servers, viaHost: s.ViaHost})
 		}
 	}
 	if len(d.Servers) > 0 {
-		rules = append(rules, &dnsRule{"", d.Servers, false}) // after a Split of ".", which sorting keeps
+		rules = append(rules, &dnsRule{servers: d.Servers}) // after a Split of ".", which sorting keeps
 	}
 	slices.SortStableFunc(rules, func(a, b *dnsRule) int { return len(b.domain) - len(a.domain) })
 	return rules

@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"container/list"
+	"net/netip"
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
@@ -24,6 +25,7 @@ type dnsKey struct {
 	name  string // canonical
 	qtype dnsmessage.Type
 	class dnsmessage.Class
+	of    netip.AddrPort // see dnsRule
 }
 
 // A dnsCache holds answers until they expire. It has no lock of its own.

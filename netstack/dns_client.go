@@ -94,7 +94,7 @@ func (c *dnsClient) rule(name string) *dnsRule {
 // exchange returns a final answer to q, which is not to be changed. ctx bounds the
 // caller's waiting, not the question.
 func (c *dnsClient) exchange(ctx context.Context, r *dnsRule, q dnsmessage.Question) ([]byte, error) {
-	k := dnsKey{canonical(q.Name.String()), q.Type, q.Class}
+	k := dnsKey{canonical(q.Name.String()), q.Type, q.Class, r.of}
 	c.mu.Lock()
 	if e, ok := c.cache.get(k, c.now()); ok {
 		c.mu.Unlock()

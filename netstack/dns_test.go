@@ -688,3 +688,26 @@ func holds(r dnsmessage.Resource, addr netip.Addr) bool {
 	}
 	return false
 }
+
+// TestResolverNextServer: of the system's servers the first is down. Names that no rule covers are found by the next, as
+// without a node.
+func TestResolverNextServer(t *testing.T) {
+	server := newTestDNS(map[string][]string{"www.example A": {"192.0.2.7"}})
+	down, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	servers := []string{down.LocalAddr().String(), server.onHost(t).String()}
+	down.Close()
+	c := newDNSClient(&DNS{}, nil)
+	t.Cleanup(func() { c.Close() })
+	asked := 0
+	r := &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+		asked++
+		return newDNSConn(c, servers[min(asked-1, 1)]), nil
+	}}
+	addrs, err := r.LookupNetIP(t.Context(), "ip4", "www.example.")
+	if err != nil || asked != 2 || len(addrs) != 1 {
+		t.Errorf("%v, %v, servers asked: %d", addrs, err, asked)
+	}
+}

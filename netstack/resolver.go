@@ -101,7 +101,7 @@ func (c *dnsConn) exchange() error {
 	}
 	r := c.client.rule(canonical(q.Name.String()))
 	if r.system() {
-		r = &dnsRule{servers: []netip.AddrPort{c.server}, viaHost: true}
+		r = &dnsRule{servers: []netip.AddrPort{c.server}, viaHost: true, of: c.server}
 	}
 	msg, err := c.client.exchange(ctx, r, q)
 	switch {
