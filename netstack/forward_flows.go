@@ -117,7 +117,7 @@ func (t *flowTable) find(id stack.TransportEndpointID) *datagramFlow {
 }
 
 // admit makes a flow of f, which has its id, peer and kind, and starts it. It
-// returns nil if the router is closed.
+// returns the one that there is already, if another pump was quicker, and nil if the router is closed.
 func (t *flowTable) admit(f *datagramFlow) *datagramFlow {
 	r := t.router
 	f.table = t
@@ -129,6 +129,12 @@ func (t *flowTable) admit(f *datagramFlow) *datagramFlow {
 		return nil
 	}
 	t.mu.Lock()
+	if earlier := t.flows[f.id]; earlier != nil {
+		t.mu.Unlock()
+		r.leave(f)
+		f.cancel()
+		return earlier
+	}
 	victim := t.makeRoom(f.peer)
 	t.flows[f.id] = f
 	f.element = f.peer.datagram[t.index].list.PushBack(f)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"sync"
@@ -11,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
 // openFiles is how many descriptors the process has; -1 where that is not known.
@@ -214,4 +217,33 @@ func TestRouterRemovePeer(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitRouter(t, b, func(s *RouterStatus) bool { return s.TCP.Open == 0 && s.UDP.Open == 0 })
+}
+
+// TestRouterUDPBegunTwice: two pumps bring the first datagrams of a flow at once, as those of a session's stream and
+// of its datagrams may. There is one flow, which goes when it is silent.
+func TestRouterUDPBegunTwice(t *testing.T) {
+	_, port, _ := net.SplitHostPort(udpService(t))
+	target := netip.MustParseAddrPort(net.JoinHostPort("203.0.113.7", port))
+	_, b := routedPair(t, func(_, b *Config) { b.Router.Timeouts.UDPIdle = 200 * time.Millisecond })
+	u := &b.router.udp
+	begin := func() *datagramFlow { // as forwardUDP.begin does when find has found nothing
+		id := stack.TransportEndpointID{
+			LocalAddress: stackAddr(target.Addr()), LocalPort: target.Port(), RemoteAddress: stackAddr(client4), RemotePort: 4000,
+		}
+		return u.admit(&datagramFlow{kind: u, id: id, peer: b.router.peerOf(id.RemoteAddress), idle: b.router.cfg.Timeouts.UDPIdle})
+	}
+	if first, second := begin(), begin(); first == nil || first != second {
+		t.Errorf("two flows: %p, %p", first, second)
+	}
+	waitRouter(t, b, func(s *RouterStatus) bool { return s.UDP.Open == 0 })
+	held := func() int {
+		b.router.mu.Lock()
+		defer b.router.mu.Unlock()
+		return len(b.router.flows)
+	}
+	for end := time.Now().Add(2 * time.Second); held() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d flows are held that nobody will forget", held())
+		}
+	}
 }
