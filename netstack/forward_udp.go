@@ -32,7 +32,7 @@ func (f *forwardUDP) handle(id stack.TransportEndpointID, pkt *stack.PacketBuffe
 	payload, ok := pkt.Data().PullUp(pkt.Data().Size())
 	// The length in the header may be below that of the packet (RFC 768).
 	size := int(h.Length()) - header.UDPMinimumSize
-	if !ok || size < 0 || size > len(payload) || id.LocalPort == 0 {
+	if !ok || size < 0 || size > len(payload) || id.LocalPort == 0 || !validUDP(pkt) {
 		f.router.refuse(refusedMalformed)
 		return true
 	}

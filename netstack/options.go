@@ -10,7 +10,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 
 	"github.com/penstock-vpn/penstock/linkep"
 	"github.com/penstock-vpn/penstock/transport"
@@ -70,7 +69,7 @@ func newStack(c *Config, link *linkep.Endpoint) (*stack.Stack, error) {
 			ipv6.NewProtocol,
 		},
 		TransportProtocols: []stack.TransportProtocolFactory{
-			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
+			tcp.NewProtocol, newUDPProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
 		// The node's own addresses are reached inside the stack, not by a peer.
 		HandleLocal: true,

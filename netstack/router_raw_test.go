@@ -3,6 +3,7 @@ package netstack
 import (
 	"context"
 	"encoding/binary"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -325,4 +326,72 @@ func ackTo(dst netip.AddrPort) []byte {
 	sum := header.PseudoHeaderChecksum(header.TCPProtocolNumber, stackAddr(client4), stackAddr(dst.Addr()), 20)
 	header.TCP(s).SetChecksum(^header.TCP(s).CalculateChecksum(sum))
 	return ipPacket(dst.Addr(), header.TCPProtocolNumber, 64, false, s)
+}
+
+// inFragments cuts the packet p in two, the first with size bytes after the IP header.
+func inFragments(p []byte, size int) [][]byte {
+	if p[0]>>4 == 6 {
+		piece := func(body []byte, offset int, more byte) []byte {
+			q := slices.Concat(p[:header.IPv6MinimumSize], []byte{p[6], 0, byte(offset >> 8), byte(offset) | more, 0, 0, 0, 77}, body)
+			header.IPv6(q).SetNextHeader(uint8(header.IPv6FragmentHeader))
+			header.IPv6(q).SetPayloadLength(uint16(8 + len(body)))
+			return q
+		}
+		body := p[header.IPv6MinimumSize:]
+		return [][]byte{piece(body[:size], 0, 1), piece(body[size:], size, 0)}
+	}
+	piece := func(body []byte, offset int, flags uint8) []byte {
+		q := slices.Concat(p[:header.IPv4MinimumSize], body)
+		h := header.IPv4(q)
+		h.SetTotalLength(uint16(len(q)))
+		h.SetFlagsFragmentOffset(flags, uint16(offset))
+		h.SetChecksum(0)
+		h.SetChecksum(^h.CalculateChecksum())
+		return q
+	}
+	body := p[header.IPv4MinimumSize:]
+	return [][]byte{piece(body[:size], 0, header.IPv4FlagMoreFragments), piece(body[size:], size, 0)}
+}
+
+// TestFragmentsVerified: a datagram in fragments, which only whoever puts them together can verify, arrives if its
+// checksum is right and else does not, at the node and at a target of its router.
+func TestFragmentsVerified(t *testing.T) {
+	key := newKey(t)
+	b := start(t, Config{
+		PrivateKey: newKey(t), Addresses: prefixes("10.66.0.2/24", "fd66::2/64"),
+		Listen: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")},
+		Peers:  []Peer{{Name: "a", PublicKey: key.Public(), AllowedIPs: prefixes("10.66.0.1/32", "fd66::1/128")}},
+		Router: &RouterConfig{Allow: prefixes(routed4, routed6), Flow: toLoopback},
+	})
+	c := newRawClient(t, key, b.PublicKey(), netip.MustParseAddrPort("127.0.0.1:0"), b.LocalAddrs()[0].String())
+	target, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { target.Close() })
+	own, err := b.ListenPacket("udp", ":7000")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for to, socket := range map[string]net.PacketConn{
+		"10.66.0.2:7000": own, "[fd66::2]:7000": own,
+		hostPort("203.0.113.9", target.LocalAddr()): target, hostPort("2001:db8::9", target.LocalAddr()): target,
+	} {
+		for _, size := range []int{100, 1300, 2000, 2400} {
+			right := udpPacket(netip.MustParseAddrPort(to), 64, false, randomBytes(size))
+			wrong := slices.Clone(right)
+			wrong[len(wrong)-1] ^= 1
+			for _, p := range [][]byte{wrong, right} {
+				for _, f := range inFragments(p, min(1200, size/2&^7)) {
+					c.out <- f
+				}
+			}
+			socket.SetReadDeadline(time.Now().Add(patience))
+			got := make([]byte, 65536)
+			n, _, err := socket.ReadFrom(got)
+			if err != nil || string(got[:n]) != string(right[len(right)-size:]) {
+				t.Errorf("%s, %d bytes: got %d others, %v", to, size, n, err)
+			}
+		}
+	}
 }

@@ -10,7 +10,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/icmp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
-	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
 // newRouterStack makes a stack that takes every address for its own. The caller
@@ -23,7 +22,7 @@ func newRouterStack(c *Config, link *routerLink) (*stack.Stack, error) {
 			ipv6.NewProtocolWithOptions(ipv6.Options{AllowExternalLoopbackTraffic: true}),
 		},
 		TransportProtocols: []stack.TransportProtocolFactory{
-			tcp.NewProtocol, udp.NewProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
+			tcp.NewProtocol, newUDPProtocol, icmp.NewProtocol4, icmp.NewProtocol6,
 		},
 	})
 	fail := func(err error) (*stack.Stack, error) {
