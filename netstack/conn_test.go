@@ -349,3 +349,20 @@ func TestSelf(t *testing.T) {
 		}
 	}
 }
+
+// TestDialTimeoutIsTheContexts: a program that asks whether its context has ended the dialling is told so, as by net.Dialer.
+func TestDialTimeoutIsTheContexts(t *testing.T) {
+	a, _ := pair(t, func(a, _ *Config) {
+		a.Peers = []Peer{{PublicKey: newKey(t).Public(), AllowedIPs: prefixes("10.99.0.0/24")}} // never calls
+		a.DNS.Servers = []netip.AddrPort{netip.MustParseAddrPort("10.99.0.53:53")}
+	})
+	for _, address := range []string{"10.99.0.1:80", "www.example:80"} {
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		_, err := a.Dial(ctx, "tcp", address)
+		var timeout net.Error
+		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, os.ErrDeadlineExceeded) || !errors.As(err, &timeout) || !timeout.Timeout() {
+			t.Errorf("%s: %#v", address, err)
+		}
+	}
+}

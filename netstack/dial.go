@@ -5,7 +5,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"time"
 
@@ -283,7 +282,7 @@ func unreachableRank(n *Node, a netip.AddrPort) int {
 // lookupErr gives a deadline precedence over what the resolver makes of it.
 func lookupErr(ctx context.Context, err error) error {
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return os.ErrDeadlineExceeded
+		return ctxErr(ctx.Err())
 	}
 	return err
 }

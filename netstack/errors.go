@@ -80,10 +80,17 @@ func errnoOf(err tcpip.Error) error {
 // a timeout, a cancellation stays one.
 func ctxErr(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
-		return os.ErrDeadlineExceeded
+		return contextTimeout{os.ErrDeadlineExceeded}
 	}
 	return err
 }
+
+// contextTimeout is a timeout that is known as that of a context too, as the net package's is.
+type contextTimeout struct{ error }
+
+func (t contextTimeout) Unwrap() error      { return t.error }
+func (contextTimeout) Timeout() bool        { return true }
+func (contextTimeout) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // opError wraps err as the net package does.
 func opError(op, network string, source, addr net.Addr, err error) error {
