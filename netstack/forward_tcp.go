@@ -134,16 +134,19 @@ func (f *forwardTCP) admit(id stack.TransportEndpointID, peer *routerPeer, v ver
 	return true
 }
 
-// makeRoom gives up the oldest half-open dials until one more to target is within
-// the limits. f.mu is held.
+// makeRoom gives up half-open dials until one more to target is within the limits: each time
+// the oldest of the peer that has most, so that no peer pushes out what others wait for. f.mu is held.
 func (f *forwardTCP) makeRoom(peer *routerPeer, target netip.Addr) {
 	limits := &f.router.cfg.Limits
 	evict := func(fits func(*tcpDial) bool) {
+		var victim *tcpDial
 		for e := f.halfOpen.Front(); e != nil; e = e.Next() {
-			if d := e.Value.(*tcpDial); fits(d) {
-				f.cancelLocked(d, evictedHalfOpen)
-				return
+			if d := e.Value.(*tcpDial); fits(d) && (victim == nil || d.peer.halfOpen > victim.peer.halfOpen) {
+				victim = d
 			}
+		}
+		if victim != nil {
+			f.cancelLocked(victim, evictedHalfOpen)
 		}
 	}
 	if f.targets[target] >= limits.HalfOpenPerTarget {

@@ -73,8 +73,8 @@ type PortRange struct{ First, Last uint16 }
 // TCP connection is refused, since the old ones are somebody's work.
 type RouterLimits struct {
 	TCP, TCPPerPeer int
-	// HalfOpen are the targets being dialled. When there are too many the oldest gives
-	// way: a target that lives answers soon, so the dead never starve the living.
+	// HalfOpen are the targets being dialled. When there are too many the oldest of the peer with most gives
+	// way: a target that lives answers soon, so the dead never starve the living, nor one peer the others.
 	HalfOpen, HalfOpenPerPeer, HalfOpenPerTarget int
 	UDP, UDPPerPeer                              int
 	ICMP, ICMPPerPeer                            int

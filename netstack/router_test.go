@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -250,6 +251,56 @@ func TestRouterBlackHole(t *testing.T) {
 	t.Logf("%d connections served beside the flood; %+v", served, s)
 	if s.TCP.HalfOpen > defaultRouterLimits.HalfOpenPerPeer || s.Refused[evictedHalfOpen.Error()] == 0 {
 		t.Errorf("%+v", s)
+	}
+}
+
+// TestRouterFloodOfOnePeer: a peer that asks for one target over and over pushes its own half-open connections out,
+// not those of others to the same target.
+func TestRouterFloodOfOnePeer(t *testing.T) {
+	at := serveTCP(t, echoTCP)
+	other := Config{
+		PrivateKey: newKey(t), Addresses: prefixes("10.66.0.3/24"),
+		Listen: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")},
+	}
+	a, b := routedPair(t, func(_, b *Config) {
+		b.Peers = append(b.Peers, Peer{Name: "other", PublicKey: other.PrivateKey.Public(), AllowedIPs: prefixes("10.66.0.3/32")})
+		b.Router.Flow = func(ctx context.Context, f Flow) (net.Conn, error) {
+			select {
+			case <-time.After(300 * time.Millisecond): // a target far away
+				return toLoopback(ctx, f)
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+	})
+	other.Peers = []Peer{{PublicKey: b.PublicKey(), Endpoint: b.LocalAddrs()[0].String(), AllowedIPs: prefixes(routed4)}}
+	c := start(t, other)
+	if err := c.WaitEstablished(within(t, patience), b.PublicKey()); err != nil {
+		t.Fatal(err)
+	}
+	target := hostPort("203.0.113.1", at)
+	ctx, stop := context.WithCancel(t.Context())
+	var flood sync.WaitGroup
+	for range 300 {
+		flood.Go(func() {
+			for ctx.Err() == nil {
+				ctx, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+				if c, err := a.Dial(ctx, "tcp", target); err == nil {
+					c.Close()
+				}
+				cancel()
+			}
+		})
+	}
+	defer flood.Wait()
+	defer stop()
+	waitRouter(t, b, func(s *RouterStatus) bool { return s.Refused[evictedHalfOpen.Error()] > 100 })
+	for i := range 3 {
+		conn, err := c.Dial(within(t, 5*time.Second), "tcp", target)
+		if err != nil {
+			t.Fatalf("connection %d: %v; %+v", i, err, b.Status().Router)
+		}
+		conn.Close()
 	}
 }
 
