@@ -162,6 +162,7 @@ func (n *Node) interfaceMTU(mtu int) {
 	c := n.cfg.TUN
 	switch {
 	case c == nil:
+	case n.isClosed(): // the interface may be gone
 	case c.MTUChanged != nil:
 		c.MTUChanged(mtu)
 	case c.FD == 0:
