@@ -38,6 +38,7 @@ func (n *Node) AddSession(cfg transport.SessionConfig) (*transport.Session, erro
 	s, err := n.transport.AddSession(cfg)
 	if err != nil {
 		n.leaveLocked(m)
+		n.applyAllowed() // it stood in the place of whoever has its prefixes
 		return nil, fmt.Errorf("netstack: %w", err)
 	}
 	return s, nil
