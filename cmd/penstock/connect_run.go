@@ -122,6 +122,12 @@ func (c *client) startInside(ctx context.Context, k *connection, cmd *cobra.Comm
 // reached at all.
 func insideConfig(given netstack.OpenConnectNetwork, log *slog.Logger, program []string) sandbox.Config {
 	c := &config.Config{DNS: given.DNS}
+	if len(c.DNS.Servers) == 0 {
+		// Servers of some domains alone. The host's, which are asked about the rest, are out of the program's reach.
+		for _, rule := range given.DNS.Split {
+			c.DNS.Servers = append(c.DNS.Servers, rule.Servers...)
+		}
+	}
 	c.Node.Addresses, c.Node.MTU = given.Addresses, given.MTU
 	box := sandboxConfig(c, log, program)
 	box.Routes = given.Routes

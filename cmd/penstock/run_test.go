@@ -59,3 +59,18 @@ func TestSandboxConfig(t *testing.T) {
 		t.Errorf("%+v", box.Servers)
 	}
 }
+
+// A server with split DNS has servers for some domains alone: the program has no others that it could ask.
+func TestInsideConfigSplitDNS(t *testing.T) {
+	given := netstack.OpenConnectNetwork{DNS: netstack.DNS{
+		Search: []string{"corp.test"},
+		Split:  []netstack.SplitDNS{{Domains: []string{"corp.test"}, Servers: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:53")}}},
+	}}
+	box := insideConfig(given, slog.New(slog.DiscardHandler), []string{"program"})
+	if fmt.Sprint(box.Servers, box.Search) != "[10.0.0.1] [corp.test]" {
+		t.Errorf("servers %v, search %v", box.Servers, box.Search)
+	}
+	if len(given.DNS.Servers) != 0 {
+		t.Error("the node's own servers are changed")
+	}
+}
