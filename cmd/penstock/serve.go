@@ -51,7 +51,7 @@ prints the command by which openconnect connects.`,
 			if err != nil {
 				return err
 			}
-			return serve(c, log, func(*gateway.Server) {})
+			return serve(c, log, func() error { return nil }, func(*gateway.Server) {})
 		}),
 	}
 	configFlag(cmd, &file)
@@ -81,8 +81,9 @@ func loadServer(file string, stderr io.Writer) (*config.Server, error) {
 	return c, nil
 }
 
-// serve runs a server until it is interrupted. up is called when everything runs.
-func serve(c *config.Server, log *slog.Logger, up func(*gateway.Server)) error {
+// serve runs a server until it is interrupted. prepare is called when it is sure that this server does not run
+// already, up when everything runs.
+func serve(c *config.Server, log *slog.Logger, prepare func() error, up func(*gateway.Server)) error {
 	interrupts := make(chan os.Signal, 2)
 	signal.Notify(interrupts, endings(c.TUN != nil)...)
 	defer signal.Stop(interrupts)
@@ -90,6 +91,10 @@ func serve(c *config.Server, log *slog.Logger, up func(*gateway.Server)) error {
 	path := serverSocket(c)
 	l, err := control.Listen(path)
 	if err != nil {
+		return err
+	}
+	if err := prepare(); err != nil {
+		l.Close()
 		return err
 	}
 	h, err := serverHost(c, log)

@@ -47,15 +47,17 @@ func (q *quick) serve(stdout, stderr io.Writer, level, format string) error {
 	if err := makeState(q.state); err != nil {
 		return err
 	}
-	password, err := q.makeUser(filepath.Join(q.state, "users"))
-	if err != nil {
-		return err
-	}
 	c, err := q.config(listen)
 	if err != nil {
 		return err
 	}
-	return serve(c, log, func(s *gateway.Server) { q.explain(stdout, s, password) })
+	var password string
+	// Not before, or the password of a server that runs already would be gone.
+	prepare := func() (err error) {
+		password, err = q.makeUser(c.Auth.Users)
+		return err
+	}
+	return serve(c, log, prepare, func(s *gateway.Server) { q.explain(stdout, s, password) })
 }
 
 // makeUser gives the user of the file a new password: that of the last time is known to nobody any more.
