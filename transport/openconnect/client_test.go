@@ -70,7 +70,6 @@ func TestSignIn(t *testing.T) {
 		{"group by label", "127.0.0.1:0", withGroups, func(o *Options) { o.Group = "Operators & co" }, testUser + "@ops"},
 		{"group in the URL", "127.0.0.1:0", withGroups, func(o *Options) {
 			o.Server += "/ops"
-			o.Prompt = answers("username", testUser, "password", testPassword, "group_list", "ops")
 		}, testUser + "@ops"},
 		{"group asked", "127.0.0.1:0", withGroups, func(o *Options) {
 			o.Prompt = answers("username", testUser, "password", testPassword, "group_list", "ops")

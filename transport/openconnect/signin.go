@@ -119,6 +119,7 @@ type signIn struct {
 	cookies map[string]string
 	pins    pinMap
 	group   string         // announced in init
+	ofURL   string         // the group that the server's URL names, if it is one
 	opaque  []*node        // of the last document
 	asked   map[string]int // how often each form was
 	noCert  bool           // we have said that there is no certificate
@@ -127,7 +128,7 @@ type signIn struct {
 
 // run exchanges documents until there is a cookie or a reason why not.
 func (s *signIn) run(ctx context.Context) (*Login, error) {
-	s.group = s.o.Group
+	s.group, s.ofURL = s.o.Group, groupOfPath(s.url.Path)
 	next := s.initial()
 	for range maxRounds {
 		m, err := s.exchange(ctx, next)
@@ -354,6 +355,9 @@ func (s *signIn) settle(f *Field) (value string, settled bool, err error) {
 	var names []string
 	for _, o := range f.Options {
 		if group != "" && (o.Value == group || o.Label == group) {
+			return o.Value, true, nil
+		}
+		if group == "" && f.Name == fieldGroup && s.ofURL != "" && o.Value == s.ofURL {
 			return o.Value, true, nil
 		}
 		names = append(names, o.Value)
