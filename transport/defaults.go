@@ -35,6 +35,14 @@ func (c *Config) setDefaults() {
 		c.CipherSuites = defaultSuites()
 	}
 	tm := &c.Timing
+	// What is set moves what belongs to it and is not. With a DPDTimeout no longer than DPD a peer that is
+	// merely silent would be called anew for ever.
+	if tm.DPDTimeout > 0 && tm.DPD == 0 {
+		tm.DPD = min(defaultDPD, tm.DPDTimeout/3)
+	}
+	if tm.DPD > 0 && tm.DPDTimeout == 0 {
+		tm.DPDTimeout = max(defaultDPDTimeout, 3*tm.DPD)
+	}
 	setDefault(&tm.HandshakeRetry, defaultHandshakeRetry)
 	setDefault(&tm.HandshakeRetryMax, defaultHandshakeRetryMax)
 	setDefault(&tm.HandshakeTimeout, defaultHandshakeTimeout)
