@@ -405,3 +405,18 @@ func TestTUN(t *testing.T) {
 		}
 	}
 }
+
+// Without rules nothing keeps the tunnel's own packets out of it.
+func TestEndpointInTunnel(t *testing.T) {
+	for routes, warned := range map[string]bool{`"auto"`: false, `false`: false, `"main"`: true, `7`: true} {
+		text := "[node]\nprivate_key = '" + keyA + "'\naddress = '10.66.0.1'\ndevice = 'tun'\n[tun]\nroutes = " + routes +
+			"\n[[peer]]\npublic_key = '" + pubB + "'\nendpoint = '203.0.113.5:5182'\nallowed_ips = ['203.0.113.0/24']\n"
+		c, err := Parse("node.toml", []byte(text), testKeyFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(c.Warnings.Error(), "node.toml:9: peer.endpoint: 203.0.113.5 is within allowed_ips"); got != warned {
+			t.Errorf("routes = %s: %v", routes, c.Warnings)
+		}
+	}
+}

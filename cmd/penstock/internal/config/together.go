@@ -14,6 +14,7 @@ func (r *reader) together(c *Config) {
 	r.portsTogether("forward", c.Forwards)
 	r.portsTogether("publish", c.Publishes)
 	r.proxyTogether(&c.Proxy)
+	r.routesTogether(c)
 	if len(c.Node.Addresses) == 0 {
 		return // reported already, and nothing can be said without them
 	}
@@ -76,6 +77,19 @@ func (r *reader) peersTogether(c *Config) {
 		}
 		if p.Endpoint == "" && len(c.Node.Listen) == 0 && r.index.at["node.listen"] == 0 {
 			r.wrong(at+".endpoint", "is missing, and node.listen too, so neither side can call the other", "one of them")
+		}
+	}
+}
+
+// routesTogether warns of endpoints to which the routes without rules lead through the tunnel itself. A longer route of
+// the host's own may lead elsewhere, and what a name stands for is not known here.
+func (r *reader) routesTogether(c *Config) {
+	if c.TUN == nil || c.TUN.Routes == RoutesAuto || c.TUN.Routes == RoutesNone {
+		return
+	}
+	for i, p := range c.Peers {
+		if a := hostAddr(p.Endpoint); a.IsValid() && c.carried(a) {
+			r.warn(element("peer", i)+".endpoint", a.String()+" is within allowed_ips: the tunnel's own packets would go into the tunnel", `routes = "auto" in [tun]`)
 		}
 	}
 }
