@@ -45,6 +45,9 @@ The file is replaced in one step; several may change it at once.
     $ penstock user set -c server.toml alice --disable
     $ penstock user rm -c server.toml alice
     $ penstock user list -c server.toml`,
+		// Without these cobra shows the help for a verb that there is not, and all seems well.
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().StringVarP(&f.config, "config", "c", "", "the server's configuration `FILE`")
 	cmd.PersistentFlags().StringVarP(&f.file, "file", "f", "", "the users' `FILE` itself")
