@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -32,8 +33,12 @@ input and output over it. The end of the input ends that half of the connection 
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), timeout)
 			defer cancel()
-			s, err := control.Dial(ctx, path, net.JoinHostPort(args[0], args[1]))
-			if err != nil {
+			address := net.JoinHostPort(args[0], args[1])
+			s, err := control.Dial(ctx, path, address)
+			switch {
+			case err != nil && ctx.Err() != nil:
+				return fmt.Errorf("no connection to %s within %v", address, timeout)
+			case err != nil:
 				return err
 			}
 			defer s.Close()

@@ -89,9 +89,12 @@ func findSocket(file, socket string) (string, error) {
 		return path, nil
 	}
 	sockets := control.Sockets()
+	if len(sockets) > 1 {
+		sockets = control.Live(sockets)
+	}
 	switch len(sockets) {
 	case 0:
-		return "", fmt.Errorf("%w: there is no control socket in %s; name the node with -c or --socket", control.ErrNotRunning, control.Folder())
+		return "", fmt.Errorf("%w: nobody answers on a control socket in %s; name the node with -c or --socket", control.ErrNotRunning, control.Folder())
 	case 1:
 		return sockets[0], nil
 	}

@@ -87,6 +87,17 @@ func Sockets() (paths []string) {
 	return paths
 }
 
+// Live are those of several sockets that somebody may answer on. A node that was killed leaves its own behind.
+func Live(paths []string) []string {
+	return slices.DeleteFunc(slices.Clone(paths), func(path string) bool {
+		c, err := net.DialTimeout("unix", path, 2*time.Second)
+		if err == nil {
+			c.Close()
+		}
+		return err != nil && stale(err)
+	})
+}
+
 // Share lets the members of a group, by name or number, open the socket at path. Who calls it is
 // a member, or privileged.
 func Share(path, group string) error {
