@@ -46,6 +46,9 @@ func load(file string, stderr io.Writer) (*config.Config, error) {
 	if file == "" {
 		return nil, exitWith(exitUsage, errors.New("which configuration? name it with -c FILE"))
 	}
+	if config.IsServer(file) {
+		return nil, exitWith(exitUsage, fmt.Errorf("%s is the configuration of a server: see penstock serve --help", file))
+	}
 	c, err := config.Load(file)
 	if err != nil {
 		return nil, exitWith(exitUsage, err)

@@ -63,15 +63,18 @@ func end(ctx context.Context, w io.Writer, path string, patience time.Duration) 
 	if errors.Is(err, control.ErrNotRunning) {
 		return nil
 	}
-	if err == nil {
-		err = control.Down(ctx, path)
-	}
 	if err != nil {
 		return err
 	}
 	var r control.Report
 	if err := json.Unmarshal(body, &r); err != nil {
 		return fmt.Errorf("the node behind %s answers in another language: %w", path, err)
+	}
+	if r.Server != nil {
+		return fmt.Errorf("behind %s is a server (penstock serve), which ends by a signal: kill %d", path, r.PID)
+	}
+	if err := control.Down(ctx, path); err != nil {
+		return err
 	}
 	for alive(r.PID) {
 		select {
