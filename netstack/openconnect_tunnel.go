@@ -389,6 +389,7 @@ func (o *openconnectTunnel) adopt(t *openconnect.Tunnel) error {
 	port, why := datagramPort(t, o.cfg.Connect.NoDTLS)
 	link := transport.SessionLink{
 		Stream: t.Conn, Buffered: t.Buffered, AppID: t.Settings.AppID, PSK: t.PSK, NoDatagrams: why,
+		MTU: t.Settings.MTU, PackFrames: isPenstock(t.Settings),
 	}
 	endpoint := ""
 	if port != "" {
@@ -444,12 +445,11 @@ func (o *openconnectTunnel) noteRemote(t *openconnect.Tunnel) {
 // newSession makes the transport's session over link, which it takes.
 func (o *openconnectTunnel) newSession(link transport.SessionLink, endpoint string, allowed []netip.Prefix, s *openconnect.Settings) error {
 	ended := make(chan error, 1)
-	ours := strings.Contains(s.ServerName, "Penstock")
 	session, err := o.node.transport.AddSession(transport.SessionConfig{
-		Name: o.login.Host, Client: true, Endpoint: endpoint, Link: link, AllowedIPs: allowed, MTU: s.MTU,
-		Datagrams:  transport.Intervals{DPD: s.DTLS.DPD, Keepalive: s.DTLS.Keepalive},
-		Stream:     transport.Intervals{DPD: s.CSTP.DPD, Keepalive: s.CSTP.Keepalive},
-		PackFrames: ours, TiedChannels: !ours,
+		Name: o.login.Host, Client: true, Endpoint: endpoint, Link: link, AllowedIPs: allowed,
+		Datagrams:    transport.Intervals{DPD: s.DTLS.DPD, Keepalive: s.DTLS.Keepalive},
+		Stream:       transport.Intervals{DPD: s.CSTP.DPD, Keepalive: s.CSTP.Keepalive},
+		TiedChannels: !isPenstock(s),
 		Events: transport.SessionEvents{
 			Closed:      func(reason error) { ended <- reason },
 			StreamLost:  o.streamLost,
@@ -462,6 +462,9 @@ func (o *openconnectTunnel) newSession(link transport.SessionLink, endpoint stri
 	o.session, o.ended = session, ended
 	return nil
 }
+
+// isPenstock tells whether the server is of our kind.
+func isPenstock(s *openconnect.Settings) bool { return strings.Contains(s.ServerName, "Penstock") }
 
 // streamLost is told by the session.
 func (o *openconnectTunnel) streamLost(reason error) {

@@ -25,14 +25,8 @@ type SessionConfig struct {
 	// AllowedIPs are the inner addresses behind the far end: packets to them go to it, and
 	// only packets from them are accepted of it.
 	AllowedIPs []netip.Prefix
-	// MTU is the largest inner packet either way, as was agreed with CONNECT, in bytes. 0, and anything
-	// larger, means Config.InnerMTU. The path of datagrams is probed up to it.
-	MTU int
 	// Datagrams and Stream are the intervals of the two channels, as the server has pushed them.
 	Datagrams, Stream Intervals
-	// PackFrames puts several frames into one TLS record, which is much faster. Only for a far end
-	// that is known to read a stream of frames, as Penstock does: stock software wants one frame a record.
-	PackFrames bool
 	// TiedChannels: the far end's datagram channel ends with the stream whose CONNECT it belongs to, as that of ocserv
 	// does (1.1.6), where one process serves both. A client then gives its datagrams up when the stream is lost or about to be
 	// replaced: what it would still send would be taken for the beginning of the next channel, and spoil that.
@@ -60,6 +54,13 @@ type SessionLink struct {
 	// NoDatagrams says, for people, why there is no datagram channel; empty: there is one. With it AppID and
 	// PSK are not looked at.
 	NoDatagrams string
+
+	// MTU is the largest inner packet either way, as was agreed with CONNECT, in bytes. 0, and anything
+	// larger, means Config.InnerMTU. The path of datagrams is probed up to it.
+	MTU int
+	// PackFrames puts several frames into one TLS record, which is much faster. Only for a far end
+	// that is known to read a stream of frames, as Penstock does: stock software wants one frame a record.
+	PackFrames bool
 }
 
 // Intervals are the clocks of one channel. Zero takes what Config.Timing has.
@@ -131,7 +132,7 @@ type Session struct {
 	peer *peer
 	// timing is the Transport's with the intervals pushed; peer.timing points here.
 	timing Timing
-	mtu    int // largest inner packet
+	mtu    atomic.Int32 // largest inner packet; changes under peer.mu
 
 	secret atomic.Pointer[sharedSecret] // nil without datagrams; replaced under peer.mu
 
@@ -177,9 +178,6 @@ func (t *Transport) addSession(cfg SessionConfig) (*Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	if cfg.MTU < 0 {
-		return nil, fmt.Errorf("MTU %d", cfg.MTU)
-	}
 	if cfg.Client && secret != nil && cfg.Endpoint == "" {
 		return nil, errors.New("no endpoint for datagrams")
 	}
@@ -212,10 +210,8 @@ func (t *Transport) addSession(cfg SessionConfig) (*Session, error) {
 }
 
 func newSession(t *Transport, cfg SessionConfig, secret *sharedSecret) *Session {
-	s := &Session{t: t, cfg: cfg, timing: t.cfg.Timing, mtu: t.cfg.InnerMTU, noDatagrams: cfg.Link.NoDatagrams}
-	if cfg.MTU > 0 {
-		s.mtu = min(s.mtu, cfg.MTU)
-	}
+	s := &Session{t: t, cfg: cfg, timing: t.cfg.Timing, noDatagrams: cfg.Link.NoDatagrams}
+	s.mtu.Store(int32(s.mtuOf(&cfg.Link)))
 	s.secret.Store(secret)
 	if dpd := cfg.Datagrams.DPD; dpd > 0 {
 		s.timing.DPDTimeout = inProportion(dpd, s.timing.DPDTimeout, s.timing.DPD)
@@ -233,8 +229,16 @@ func newSession(t *Transport, cfg SessionConfig, secret *sharedSecret) *Session 
 		t: t, name: cfg.Name, identity: s, session: s, endpoint: cfg.Endpoint,
 		allowed: cfg.AllowedIPs, timing: &s.timing,
 	}
-	s.peer.init(s.mtu)
+	s.peer.init(int(s.mtu.Load()))
 	return s
+}
+
+// mtuOf is what l says of the largest inner packet.
+func (s *Session) mtuOf(l *SessionLink) int {
+	if l.MTU > 0 {
+		return min(l.MTU, s.t.cfg.InnerMTU)
+	}
+	return s.t.cfg.InnerMTU
 }
 
 // inProportion is to d as a is to b. The product of two intervals of some seconds does not fit 64 bits.
@@ -273,12 +277,13 @@ func (l *SessionLink) secret() (*sharedSecret, error) {
 
 // Renew gives the session the stream and the secret of a new CONNECT, of a client that has lost the old ones or wants
 // new keys. Packets take the new stream at once. The old stream and the old association
-// go on with what was under way, until the far end has changed over too. It takes l.Stream, also when it fails.
+// go on with what was under way, until the far end has changed over too. MTU may be another from then on. It takes l.Stream, also when it fails.
 func (s *Session) Renew(l SessionLink) error {
 	if err := s.renew(l); err != nil {
 		l.close()
 		return fmt.Errorf("session %s: %w", s.cfg.Name, err)
 	}
+	s.t.reportMTU()
 	return nil
 }
 
@@ -309,6 +314,11 @@ func (s *Session) renew(l SessionLink) error {
 	defer p.mu.Unlock()
 	s.secret.Store(secret)
 	s.noDatagrams = l.NoDatagrams
+	if mtu := s.mtuOf(&l); mtu != int(s.mtu.Load()) { // the client is in another network
+		s.mtu.Store(int32(mtu))
+		p.innerMTU.Store(int32(mtu))
+		p.mtu.init(mtu)
+	}
 	if l.Stream == nil {
 		return nil // the rest is for when it is there
 	}
@@ -339,7 +349,7 @@ func (s *Session) connectLocked(l *SessionLink, why string) {
 // divertOne sends one packet by a stream.
 func (s *Session) divertOne(st *stream, packet []byte) {
 	switch {
-	case len(packet) > s.mtu:
+	case len(packet) > int(s.mtu.Load()):
 		s.tooBig(packet)
 	case st.send(frameData, packet):
 		s.peer.out.add(1, len(packet))
@@ -352,7 +362,7 @@ func (s *Session) divertOne(st *stream, packet []byte) {
 // tooBig drops a packet that the session does not carry by any path.
 func (s *Session) tooBig(packet []byte) {
 	s.t.drops.add(DropTooBig, 1)
-	s.t.cfg.TooBig(packet, s.mtu)
+	s.t.cfg.TooBig(packet, int(s.mtu.Load()))
 }
 
 // Renewing says that the owner is about to make a new CONNECT, or has given that up. In between a goodbye counts as the

@@ -88,16 +88,17 @@ func benchmarkSession(b *testing.B, path SessionPath, pack, direct bool) {
 	if direct {
 		cl.Stream, sl.Stream = tlsPairOver(b, func(c net.Conn) net.Conn { return c })
 	}
+	cl.PackFrames, sl.PackFrames = pack, pack
 	if path == PathStream {
 		cl.NoDatagrams, sl.NoDatagrams = "not wanted here", "not wanted here"
 	}
 	host := func(a netip.Addr) []netip.Prefix { return []netip.Prefix{netip.PrefixFrom(a, 32)} }
-	s, err := server.AddSession(SessionConfig{Link: sl, AllowedIPs: host(from), PackFrames: pack})
+	s, err := server.AddSession(SessionConfig{Link: sl, AllowedIPs: host(from)})
 	if err != nil {
 		b.Fatal(err)
 	}
 	endpoint := server.conns[0].LocalAddr().String()
-	sc, err := client.AddSession(SessionConfig{Client: true, Endpoint: endpoint, Link: cl, AllowedIPs: host(to), PackFrames: pack})
+	sc, err := client.AddSession(SessionConfig{Client: true, Endpoint: endpoint, Link: cl, AllowedIPs: host(to)})
 	if err != nil {
 		b.Fatal(err)
 	}

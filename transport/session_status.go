@@ -55,7 +55,7 @@ func (s *Session) Status() SessionStatus {
 		Handshakes: st.Handshakes, Roamings: st.Roamings, LastError: st.LastError, AllowedIPs: st.AllowedIPs,
 	}
 	if s.path == PathStream {
-		out.InnerMTU = s.mtu
+		out.InnerMTU = int(s.mtu.Load())
 	}
 	if stream := s.stream; stream != nil {
 		out.StreamRemote = stream.conn.RemoteAddr().String()

@@ -69,7 +69,7 @@ type stream struct {
 }
 
 func newStream(s *Session, l *SessionLink) *stream {
-	st := &stream{s: s, t: s.t, conn: l.Stream, wire: streamConnUnder(l.Stream), pack: s.cfg.PackFrames}
+	st := &stream{s: s, t: s.t, conn: l.Stream, wire: streamConnUnder(l.Stream), pack: l.PackFrames}
 	st.partial = append([]byte(nil), l.Buffered...)
 	now := s.t.clock.now()
 	st.lastInbound.Store(now)

@@ -54,7 +54,7 @@ func (st *stream) sendPackets(o *outbound, i, k int) (packets, bytes int) {
 	for j := i; j < i+k; j++ {
 		packet := o.packet(j)
 		switch {
-		case len(packet) > st.s.mtu:
+		case len(packet) > int(st.s.mtu.Load()):
 			defer st.s.tooBig(packet) // with the lock released
 		case q.addLocked(frameData, packet):
 			packets++

@@ -320,7 +320,7 @@ func TestFramesAndRecords(t *testing.T) {
 	for _, pack := range []bool{false, true} {
 		p := newSessionPair(t, steady, func(c, s *SessionConfig) {
 			c.Link.NoDatagrams, s.Link.NoDatagrams = "none", "none"
-			c.PackFrames, s.PackFrames = pack, pack
+			c.Link.PackFrames, s.Link.PackFrames = pack, pack
 		})
 		ping(t, p.client, p.server)
 		wire := p.c.stream.wire

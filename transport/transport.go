@@ -362,7 +362,7 @@ func (p *peer) countedMTU() int {
 	case p.slots.Load().current != nil:
 		return int(p.innerMTU.Load())
 	case session != nil:
-		return session.mtu
+		return int(session.mtu.Load())
 	}
 	return 0
 }

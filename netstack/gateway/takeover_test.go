@@ -45,6 +45,13 @@ func TestOtherMTU(t *testing.T) {
 	if _, err := s.Node().Ping(within(t, 5*time.Second), before[0].Addr(), netstack.PingOptions{}); err != nil {
 		t.Fatal(err)
 	}
+	tunnelOf := func() *tunnel {
+		one := s.sessions.all()[0]
+		one.mu.Lock()
+		defer one.mu.Unlock()
+		return one.tunnel
+	}
+	first := tunnelOf()
 	n.Close()
 	n, err = netstack.New(netstack.Config{OpenConnect: &netstack.OpenConnect{Login: *login, Connect: openconnect.ConnectOptions{BaseMTU: 1400}}})
 	if err != nil {
@@ -53,6 +60,9 @@ func TestOtherMTU(t *testing.T) {
 	defer n.Close()
 	if after := n.Addresses(); after[0] != before[0] {
 		t.Fatalf("%v, then %v", before, after)
+	}
+	if mtu := sessionsOf(t, s, "alice")[0].MTU; tunnelOf() != first || mtu != 1334 || n.Status().MTU != 1334 {
+		t.Errorf("its flows are lost with the tunnel %p, now %p; MTU %d and %d", first, tunnelOf(), mtu, n.Status().MTU)
 	}
 	time.Sleep(time.Second)
 	if err := reach(n); err != nil {

@@ -19,8 +19,6 @@ type tunnel struct {
 	s         *session
 	handle    *transport.Session
 	addresses []netip.Addr
-	mtu       int
-	packs     bool // several frames a record, which the client must know to read
 
 	// Guarded by s.mu.
 	stream bool // there is a TLS connection
@@ -43,7 +41,10 @@ func (s *session) connect(a *openconnect.Attempt, profile *Profile) (*openconnec
 			mtu = min(mtu, limit)
 		}
 	}
-	link := transport.SessionLink{NoDatagrams: s.whyNoDatagrams(a, profile)}
+	link := transport.SessionLink{
+		NoDatagrams: s.whyNoDatagrams(a, profile), MTU: mtu,
+		PackFrames: packs(a.Client.UserAgent), // the cookie may have moved to other software
+	}
 	settings := s.settings(profile, a)
 	settings.BaseMTU, settings.MTU = base, mtu
 	if link.NoDatagrams == "" {
@@ -53,7 +54,7 @@ func (s *session) connect(a *openconnect.Attempt, profile *Profile) (*openconnec
 		settings.DTLSPort = srv.portOf(a.Client)
 		settings.AppID, settings.CipherSuite = link.AppID, openconnect.PSKNegotiate
 		// The client's first datagram may be here before its answer has left us.
-		if err := s.carry(link, mtu, profile, a); err != nil {
+		if err := s.carry(link, profile, a); err != nil {
 			return nil, err
 		}
 	}
@@ -63,7 +64,7 @@ func (s *session) connect(a *openconnect.Attempt, profile *Profile) (*openconnec
 			link.Stream, link.Buffered = h.Conn, h.Buffered
 			s.connecting.Lock()
 			defer s.connecting.Unlock()
-			if err := s.carry(link, mtu, profile, a); err != nil {
+			if err := s.carry(link, profile, a); err != nil {
 				srv.log.Error("tunnel not made", "session", s.public, "error", err)
 				s.lost() // the client comes again
 			}
@@ -138,7 +139,7 @@ func (s *session) settings(profile *Profile, a *openconnect.Attempt) openconnect
 }
 
 // carry gives the session's tunnel a link, or makes a tunnel of it. It takes link.Stream. connecting is held.
-func (s *session) carry(link transport.SessionLink, mtu int, profile *Profile, a *openconnect.Attempt) error {
+func (s *session) carry(link transport.SessionLink, profile *Profile, a *openconnect.Attempt) error {
 	srv := s.table.s
 	s.mu.Lock()
 	t, ended, rec := s.tunnel, s.ended, s.rec
@@ -147,9 +148,7 @@ func (s *session) carry(link transport.SessionLink, mtu int, profile *Profile, a
 		closeStream(link)
 		return errEnded
 	}
-	// The cookie may have moved to other software.
-	packs := packs(a.Client.UserAgent)
-	if t != nil && slices.Equal(t.addresses, rec.Address) && t.mtu == mtu && t.packs == packs {
+	if t != nil && slices.Equal(t.addresses, rec.Address) {
 		if err := t.handle.Renew(link); err != nil {
 			return err
 		}
@@ -162,11 +161,10 @@ func (s *session) carry(link transport.SessionLink, mtu int, profile *Profile, a
 		s.mu.Unlock()
 		t.handle.Close(errReplaced)
 	}
-	t = &tunnel{s: s, addresses: rec.Address, mtu: mtu, packs: packs}
+	t = &tunnel{s: s, addresses: rec.Address}
 	intervals := transport.Intervals{DPD: profile.DPD, Keepalive: profile.Keepalive}
 	cfg := transport.SessionConfig{
-		Name: rec.User + "/" + s.public, Link: link, MTU: mtu, Datagrams: intervals, Stream: intervals,
-		PackFrames: packs,
+		Name: rec.User + "/" + s.public, Link: link, Datagrams: intervals, Stream: intervals,
 	}
 	for _, addr := range rec.Address {
 		cfg.AllowedIPs = append(cfg.AllowedIPs, netip.PrefixFrom(addr, addr.BitLen()))
