@@ -71,6 +71,10 @@ type Config struct {
 	// QueueBytes bounds the memory of the outbound queue between the stack and the tunnel,
 	// TCP's send buffers not counted; 0 means [DefaultQueueBytes].
 	QueueBytes int
+	// Queues is how many outbound queues the stack's flows are spread over, each with a goroutine that splits
+	// and seals; a flow keeps to one, and QueueBytes is for each. 0 means 1, which is as good as more on two
+	// processors; one for every two processors is a start on more.
+	Queues int
 
 	Timing       Timing
 	CipherSuites []CipherSuite // in order of preference; nil: all, the fastest on this CPU first
@@ -170,6 +174,9 @@ func (c *Config) validate() error {
 	checkBuffers(bad, "TCP.Receive", c.TCP.Receive, defaultTCPReceive)
 	checkBuffers(bad, "UDP.Send", BufferSizes{c.UDP.Send, maxBuffer}, defaultUDPSend)
 	checkBuffers(bad, "UDP.Receive", BufferSizes{c.UDP.Receive, maxBuffer}, defaultUDPReceive)
+	if c.Queues < 0 || c.Queues > maxQueues {
+		bad("Queues", strconv.Itoa(c.Queues), fmt.Sprintf("0 to %d", maxQueues))
+	}
 	if c.QueueBytes < 0 || c.QueueBytes > 0 && c.QueueBytes < 1<<16 {
 		bad("QueueBytes", strconv.Itoa(c.QueueBytes), "0 or at least 65536")
 	}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -364,5 +365,56 @@ func TestDialTimeoutIsTheContexts(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, os.ErrDeadlineExceeded) || !errors.As(err, &timeout) || !timeout.Timeout() {
 			t.Errorf("%s: %#v", address, err)
 		}
+	}
+}
+
+// TestQueues: with several outbound queues flows share them, and each arrives whole.
+func TestQueues(t *testing.T) {
+	a, b := pair(t, func(a, _ *Config) { a.Queues = 2 })
+	l, err := b.Listen("tcp", ":80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	const flows, size = 20, 1 << 19
+	var all sync.WaitGroup
+	for range flows {
+		all.Go(func() {
+			c, err := l.Accept()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			io.Copy(c, c)
+		})
+		all.Go(func() {
+			c, err := a.Dial(within(t, patience), "tcp", "10.66.0.2:80")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			data := randomBytes(size)
+			go func() {
+				c.Write(data)
+				c.(*TCPConn).CloseWrite()
+			}()
+			if got, err := io.ReadAll(c); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+		})
+	}
+	all.Wait()
+	for i, q := range a.link.Stats().Queues {
+		if q.Packets == 0 {
+			t.Errorf("queue %d was never used", i)
+		}
+	}
+	if s := a.Status(); s.TCP.Retransmits > 20 || len(s.Drops) > 0 {
+		t.Errorf("%d segments sent again, drops %v", s.TCP.Retransmits, s.Drops)
+	}
+	if _, err := New(Config{PrivateKey: newKey(t), Addresses: prefixes("10.66.0.1/24"), Queues: -1}); err == nil || !strings.Contains(err.Error(), "Queues") {
+		t.Errorf("-1 queues: %v", err)
 	}
 }

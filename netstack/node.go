@@ -135,7 +135,7 @@ func newInner(cfg Config) (*Node, error) {
 	n.dns = newDNSClient(&n.cfg.DNS, n.Dial)
 	n.resolver = n.newResolver()
 	n.link = linkep.New(linkep.Options{
-		MTU: uint32(n.innerMTU()), GSOMaxSize: superpacketSize(n.innerMTU()), NoGSO: cfg.NoGSO, QueueBytes: cfg.QueueBytes,
+		MTU: uint32(n.innerMTU()), GSOMaxSize: superpacketSize(n.innerMTU()), NoGSO: cfg.NoGSO, QueueBytes: cfg.QueueBytes, Queues: cfg.Queues,
 	})
 	var err error
 	if n.stack, err = newStack(&n.cfg, n.link); err != nil {

@@ -98,7 +98,7 @@ func (n *Node) Status() Status {
 		MTU:       int(n.link.MTU()),
 		GSO:       !n.cfg.NoGSO,
 		Tunnel:    n.transport.Status(),
-		Queue:     QueueStatus{Bound: n.cfg.QueueBytes},
+		Queue:     QueueStatus{Bound: n.cfg.QueueBytes * len(link.Queues)},
 		Outbound:  OutboundStatus(wrapped.Outbound),
 		Inbound:   InboundStatus(wrapped.Inbound),
 		Drops:     dropsOf(link, drops),

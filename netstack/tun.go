@@ -126,11 +126,14 @@ func (d forkedDevice) Write(bufs [][]byte, offset int) (int, error) {
 }
 
 // device is what the transport drives.
-func (n *Node) device() (transport.Device, []transport.Reader) {
-	if n.tun == nil {
-		return n.wrapper, nil
+func (n *Node) device() (d transport.Device, readers []transport.Reader) {
+	for _, q := range n.link.Queues()[1:] { // the first is the wrapper's own
+		readers = append(readers, n.wrapper.NewReader(q))
 	}
-	return forkedDevice{n.wrapper, n.fork}, append([]transport.Reader{n.tun}, n.tun.streams()...)
+	if n.tun == nil {
+		return n.wrapper, readers
+	}
+	return forkedDevice{n.wrapper, n.fork}, append(append(readers, n.tun), n.tun.streams()...)
 }
 
 // tooBig tells the sender of an outbound packet; see [transport.Config].

@@ -38,6 +38,9 @@ func newReader(w *Wrapper, s Source) *Reader {
 	}
 }
 
+// BatchSize is how many buffers Read can fill.
+func (r *Reader) BatchSize() int { return r.w.BatchSize() }
+
 // Read waits for at least one outbound packet, then writes packets until bufs are full or
 // all that had been queued are out: the i-th to bufs[i][offset:], its length to sizes[i].
 // It borrows bufs and sizes until it returns. A superpacket that does not fit whole is

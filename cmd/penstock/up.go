@@ -260,6 +260,7 @@ func nodeConfig(c *config.Config, log *slog.Logger) netstack.Config {
 		Addresses:    c.Node.Addresses,
 		Listen:       c.Node.Listen,
 		MTU:          c.Node.MTU,
+		Queues:       c.Node.Queues,
 		DNS:          c.DNS,
 		Router:       c.Router,
 		ACL:          c.ACL,

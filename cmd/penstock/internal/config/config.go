@@ -42,6 +42,7 @@ type Node struct {
 	// Listen are the UDP sockets. Empty: one port of the system's choice.
 	Listen []netip.AddrPort
 	MTU    int    // bytes of the largest inner packet; 0: from the path
+	Queues int    // of what the stack sends, each with a goroutine; 0: the default
 	Socket string // path of the control socket; empty: the default
 	// SocketGroup may open the control socket; empty: this user alone.
 	SocketGroup string

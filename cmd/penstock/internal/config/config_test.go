@@ -29,6 +29,7 @@ private_key_file = "a.key"
 address = ["10.66.0.1/24", "fd66::1/64"]
 listen = ["0.0.0.0:5182", "[::]:5182"]
 mtu = 1400
+queues = 2
 device = "tun"
 speedtest = true
 control = "a.sock"
@@ -206,6 +207,7 @@ func TestWhole(t *testing.T) {
 			Addresses:    prefixes("10.66.0.1/24", "fd66::1/64"),
 			Listen:       []netip.AddrPort{netip.MustParseAddrPort("0.0.0.0:5182"), netip.MustParseAddrPort("[::]:5182")},
 			MTU:          1400,
+			Queues:       2,
 			Socket:       "a.sock",
 			SocketGroup:  "wheel",
 			CipherSuites: []netstack.CipherSuite{netstack.AES256GCM, netstack.ChaCha20Poly1305},

@@ -111,6 +111,7 @@ func written(c *Config) string {
 	list("address", len(n.Addresses), func(i int) string { return n.Addresses[i].String() })
 	list("listen", len(n.Listen), func(i int) string { return n.Listen[i].String() })
 	line("mtu", "%d", n.MTU != 0, n.MTU)
+	line("queues", "%d", n.Queues != 0, n.Queues)
 	text("control", n.Socket)
 	text("control_group", n.SocketGroup)
 	line("speedtest", "%v", n.Speedtest, true)

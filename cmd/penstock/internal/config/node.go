@@ -46,6 +46,7 @@ func (r *reader) node(raw *rawNode, keyFile KeyFile) (n Node) {
 		}
 	}
 	n.MTU = int(r.integer("node.mtu", raw.MTU, least, maxMTU))
+	n.Queues = int(r.integer("node.queues", raw.Queues, 1, maxQueues))
 
 	n.SocketGroup, _ = r.text("node.control_group", raw.ControlGroup, "the name of a group")
 	n.Socket = r.socket("node.control", raw.Control)

@@ -32,6 +32,7 @@ type rawNode struct {
 	Address        any `toml:"address"`
 	Listen         any `toml:"listen"`
 	MTU            any `toml:"mtu"`
+	Queues         any `toml:"queues"`
 	Device         any `toml:"device"`
 	Control        any `toml:"control"`
 	ControlGroup   any `toml:"control_group"`
