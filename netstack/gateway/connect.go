@@ -22,19 +22,19 @@ func (c connector) Connect(ctx context.Context, a *openconnect.Attempt) (*openco
 	s := c.s.sessions.enter(idOf(a.Request.Cookie))
 	defer s.connecting.Unlock()
 	user, err := s.load(ctx)
-	switch {
-	case errors.Is(err, openconnect.ErrCookie):
-		s.drop("its cookie is not good")
-		c.s.log.Info("cookie refused", "session", s.public, "remote", a.Client.Remote)
-		return nil, err
-	case err != nil && s.rec == nil:
-		c.s.sessions.forget(s, nil) // it may be anybody's
-		return nil, err
-	case err != nil:
+	rec, _ := s.record()
+	if err != nil {
+		switch {
+		case errors.Is(err, openconnect.ErrCookie):
+			s.drop("its cookie is not good")
+			c.s.log.Info("cookie refused", "session", s.public, "remote", a.Client.Remote)
+		case rec == nil:
+			c.s.sessions.forget(s) // anybody's cookie
+		}
 		return nil, err
 	}
 	settle(ctx, true)
-	profile, ok := c.s.groups.profile(s.rec.Group)
+	profile, ok := c.s.groups.profile(rec.Group)
 	if !ok {
 		s.end(ctx, "its group is no more")
 		return nil, openconnect.ErrCookie
@@ -42,7 +42,12 @@ func (c connector) Connect(ctx context.Context, a *openconnect.Attempt) (*openco
 	if err := c.s.sessions.admit(s); err != nil {
 		return nil, err
 	}
-	if err := s.lease(ctx, user, a.Request, &profile, a.Client.Remote); err != nil {
+	err = s.lease(ctx, user, a.Request, &profile, a.Client.Remote)
+	if errors.Is(err, errStore) && len(rec.Address) > 0 && rec.Server == c.s.cfg.ServerID {
+		c.s.log.Error("addresses not written down: going on with those of before", "session", s.public, "error", err)
+		err = nil // upkeep writes it down
+	}
+	if err != nil {
 		return nil, err
 	}
 	return s.connect(a, &profile)
@@ -69,7 +74,9 @@ func (s *session) load(ctx context.Context) (*User, error) {
 	case s.ended:
 		rec = nil
 	}
-	s.rec, s.raw = rec, raw
+	if rec != nil {
+		s.rec, s.raw = rec, raw
+	}
 	if err == nil {
 		s.touched = time.Now() // it lives
 	}
@@ -78,18 +85,23 @@ func (s *session) load(ctx context.Context) (*User, error) {
 	}
 	s.mu.Unlock()
 	if err != nil && !known {
-		return nil, fmt.Errorf("gateway: store: %w", err)
+		return nil, storeError(err)
 	}
 	if rec == nil || !rec.Expires.IsZero() && time.Now().After(rec.Expires) {
 		return nil, openconnect.ErrCookie
 	}
 	user, err := srv.cfg.Users.User(ctx, rec.User)
-	if errors.Is(err, ErrDenied) {
-		s.end(ctx, "the user may not come in any more")
+	if why := srv.groups.shut(user, err, rec.Group); why != "" {
+		s.end(ctx, why)
 		return nil, openconnect.ErrCookie
 	}
 	return user, err
 }
+
+// errStore: the store does not answer.
+var errStore = errors.New("gateway: store")
+
+func storeError(err error) error { return fmt.Errorf("%w: %w", errStore, err) }
 
 // admit finds out whether there is room for s among the clients.
 func (t *sessionTable) admit(s *session) error {
@@ -128,16 +140,17 @@ var (
 func (s *session) lease(ctx context.Context, user *User, r *openconnect.ConnectRequest, profile *Profile, remote netip.AddrPort) error {
 	t := s.table
 	for range retries {
-		rec := *s.rec
+		old, oldRaw := s.record()
+		rec := *old
 		var changes []Change
 		rec.Address = nil
 		for _, is4 := range []bool{true, false} {
 			if is4 && !r.IPv4 || !is4 && !(r.IPv6 && r.FullIPv6) {
 				continue
 			}
-			a, change, err := s.address(ctx, user, profile, is4)
+			a, change, err := s.address(ctx, user, old, profile, is4)
 			if err != nil {
-				t.release(s, rec.Address)
+				t.hold(s, old.Address)
 				return err
 			}
 			if a.IsValid() {
@@ -148,9 +161,18 @@ func (s *session) lease(ctx context.Context, user *User, r *openconnect.ConnectR
 		if len(rec.Address) == 0 {
 			return errNoAddress
 		}
-		for _, a := range s.rec.Address {
-			if !slices.Contains(rec.Address, a) { // the client wants it no more, or the profile is another
-				changes = append(changes, Change{Key: leaseKey + a.String(), Old: []byte(s.id)})
+		for _, a := range old.Address {
+			if slices.Contains(rec.Address, a) {
+				continue
+			}
+			// The client wants it no more, or the profile is another; or others have it.
+			owner, err := t.s.cfg.Store.Get(ctx, leaseKey+a.String())
+			if err != nil {
+				t.hold(s, old.Address)
+				return storeError(err)
+			}
+			if string(owner) == s.id {
+				changes = append(changes, Change{Key: leaseKey + a.String(), Old: owner})
 			}
 		}
 		rec.Server, rec.Connected, rec.Remote = t.s.cfg.ServerID, true, remote
@@ -159,17 +181,17 @@ func (s *session) lease(ctx context.Context, user *User, r *openconnect.ConnectR
 			changes[i].TTL = rec.ttl()
 		}
 		raw := rec.marshal()
-		changes = append(changes, Change{Key: sessionKey + s.id, Old: s.raw, New: raw, TTL: rec.ttl()})
+		changes = append(changes, Change{Key: sessionKey + s.id, Old: oldRaw, New: raw, TTL: rec.ttl()})
 		err := t.s.cfg.Store.Update(ctx, changes...)
 		if err == nil {
 			s.took(&rec, raw)
 			return nil
 		}
-		t.release(s, rec.Address)
+		t.hold(s, old.Address)
 		if !errors.Is(err, ErrConflict) {
-			return fmt.Errorf("gateway: store: %w", err)
+			return storeError(err)
 		}
-		if err := t.afterConflict(ctx, s, rec.Address); err != nil {
+		if err := t.afterConflict(ctx, s); err != nil {
 			return err
 		}
 	}
@@ -182,25 +204,14 @@ const minLife = 30 * time.Second
 // took makes rec the session's record and its addresses known here.
 func (s *session) took(rec *record, raw []byte) {
 	s.mu.Lock()
-	before := s.rec.Address
 	s.rec, s.raw, s.touched = rec, raw, time.Now()
 	s.mu.Unlock()
-	t := s.table
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, a := range before {
-		if t.inUse[a] == s.id {
-			delete(t.inUse, a)
-		}
-	}
-	for _, a := range rec.Address {
-		t.inUse[a] = s.id
-	}
+	s.table.hold(s, rec.Address)
 }
 
 // address finds an address of a family for s, and what to change in the store for it; the zero Addr if there is
 // none of that family to be had.
-func (s *session) address(ctx context.Context, user *User, profile *Profile, is4 bool) (netip.Addr, Change, error) {
+func (s *session) address(ctx context.Context, user *User, rec *record, profile *Profile, is4 bool) (netip.Addr, Change, error) {
 	t, store := s.table, s.table.s.cfg.Store
 	lease := func(a netip.Addr, old []byte) (netip.Addr, Change, error) {
 		return a, Change{Key: leaseKey + a.String(), Old: old, New: []byte(s.id)}, nil
@@ -216,9 +227,13 @@ func (s *session) address(ctx context.Context, user *User, profile *Profile, is4
 	}
 	pool := profile.Pool.family(is4)
 	if static := ofFamily(user.Addresses); static.IsValid() {
+		if t.s.ownAddress(static) {
+			t.s.log.Error("the static address is the server's own", "user", user.Name, "address", static)
+			return fail(errTaken)
+		}
 		owner, err := store.Get(ctx, leaseKey+static.String())
 		if err != nil {
-			return fail(fmt.Errorf("gateway: store: %w", err))
+			return fail(storeError(err))
 		}
 		if owner == nil || string(owner) == s.id {
 			return lease(static, owner)
@@ -228,10 +243,10 @@ func (s *session) address(ctx context.Context, user *User, profile *Profile, is4
 		}
 		return lease(static, nil)
 	}
-	if a := ofFamily(s.rec.Address); a.IsValid() && pool.contains(a) && !t.reserved(a, user) {
+	if a := ofFamily(rec.Address); a.IsValid() && pool.contains(a) && !t.reserved(a, user) {
 		owner, err := store.Get(ctx, leaseKey+a.String())
 		if err != nil {
-			return fail(fmt.Errorf("gateway: store: %w", err))
+			return fail(storeError(err))
 		}
 		if owner == nil || string(owner) == s.id {
 			return lease(a, owner)
@@ -240,11 +255,20 @@ func (s *session) address(ctx context.Context, user *User, profile *Profile, is4
 	if len(pool) == 0 {
 		return netip.Addr{}, Change{}, nil
 	}
-	a, ok := t.pick(pool, user, s.id)
-	if !ok {
-		return fail(errNoAddress)
+	for {
+		a, ok := t.pick(pool, user, s.id)
+		if !ok {
+			return fail(errNoAddress)
+		}
+		owner, err := store.Get(ctx, leaseKey+a.String())
+		if err != nil {
+			return fail(storeError(err))
+		}
+		if owner == nil || string(owner) == s.id {
+			return lease(a, owner)
+		}
+		t.elsewhere(a)
 	}
-	return lease(a, nil)
 }
 
 // vacate makes the session that has a user's static address give it up: an older one of his own, perhaps of a client
@@ -252,7 +276,7 @@ func (s *session) address(ctx context.Context, user *User, profile *Profile, is4
 func (t *sessionTable) vacate(ctx context.Context, id string, user *User) error {
 	r, _, err := loadRecord(ctx, t.s.cfg.Store, id)
 	if err != nil {
-		return fmt.Errorf("gateway: store: %w", err)
+		return storeError(err)
 	}
 	if r != nil && r.User != user.Name {
 		return errTaken // got from a pool before it was this user's own
@@ -270,7 +294,7 @@ func (t *sessionTable) reserved(a netip.Addr, user *User) bool {
 }
 
 // pick finds an address that nobody seems to have, and keeps others on this server from it. The caller calls
-// release if nothing comes of it.
+// hold if nothing comes of it.
 func (t *sessionTable) pick(pool Pool, user *User, id string) (netip.Addr, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -293,26 +317,23 @@ func (t *sessionTable) pick(pool Pool, user *User, id string) (netip.Addr, bool)
 	return a, ok
 }
 
-// release undoes pick for those addresses that are not the session's.
-func (t *sessionTable) release(s *session, picked []netip.Addr) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, a := range picked {
-		if t.inUse[a] == s.id && !slices.Contains(s.rec.Address, a) {
-			delete(t.inUse, a)
-		}
-	}
-}
-
 // busyTime is how long an address that another server has is not tried again.
 const busyTime = time.Minute
 
-// afterConflict finds out what was in the way of s: of its record, which it reads again, or of addresses that others
-// have, which are not tried for a while.
-func (t *sessionTable) afterConflict(ctx context.Context, s *session, addresses []netip.Addr) error {
+// elsewhere notes that somebody has a who is not of this server.
+func (t *sessionTable) elsewhere(a netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.inUse, a)
+	t.busy[a] = time.Now().Add(busyTime)
+}
+
+// afterConflict reads the record of s again. What else was in the way, an address that others have taken, the next
+// attempt finds.
+func (t *sessionTable) afterConflict(ctx context.Context, s *session) error {
 	rec, raw, err := loadRecord(ctx, t.s.cfg.Store, s.id)
 	if err != nil {
-		return fmt.Errorf("gateway: store: %w", err)
+		return storeError(err)
 	}
 	if rec == nil {
 		return openconnect.ErrCookie
@@ -320,17 +341,6 @@ func (t *sessionTable) afterConflict(ctx context.Context, s *session, addresses 
 	s.mu.Lock()
 	s.rec, s.raw = rec, raw
 	s.mu.Unlock()
-	for _, a := range addresses {
-		owner, err := t.s.cfg.Store.Get(ctx, leaseKey+a.String())
-		if err != nil {
-			return fmt.Errorf("gateway: store: %w", err)
-		}
-		if owner != nil && string(owner) != s.id {
-			t.mu.Lock()
-			t.busy[a] = time.Now().Add(busyTime)
-			t.mu.Unlock()
-		}
-	}
 	return nil
 }
 

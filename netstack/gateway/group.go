@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"time"
@@ -146,15 +147,28 @@ func (g *groups) profile(name string) (Profile, bool) {
 	return Profile{}, false
 }
 
+// admits tells whether the group of that name is for user. "" is for everybody who has got it.
+func (g *groups) admits(user *User, name string) bool {
+	group := g.find(name)
+	return name == "" || group != nil && (group.Open || slices.Contains(user.Groups, name))
+}
+
+// shut says why a session of a group is to end, after a look at its user, of whom err was said; "" when it may go on.
+func (g *groups) shut(user *User, err error, group string) string {
+	switch {
+	case errors.Is(err, ErrDenied):
+		return "the user may not come in any more"
+	case err == nil && !g.admits(user, group):
+		return "the user is not of its group any more"
+	}
+	return ""
+}
+
 // choose is the group in which user gets in, who has asked for one, or not. ok is false when it is
 // not for him.
 func (g *groups) choose(user *User, asked string) (name string, ok bool) {
 	if asked != "" && asked != DefaultGroup {
-		group := g.find(asked)
-		if group == nil || !group.Open && !slices.Contains(user.Groups, asked) {
-			return "", false
-		}
-		return asked, true
+		return asked, g.admits(user, asked)
 	}
 	for _, name := range user.Groups {
 		if g.find(name) != nil {

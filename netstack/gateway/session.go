@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
@@ -21,7 +22,7 @@ type session struct {
 	connecting sync.Mutex // held by a CONNECT, from looking at the record to having a tunnel
 
 	mu      sync.Mutex
-	rec     *record // nil until it is loaded
+	rec     *record // nil until it is loaded, and never again
 	raw     []byte  // rec as the store has it
 	tunnel  *tunnel // nil: no client now
 	ended   bool
@@ -178,16 +179,49 @@ func (t *sessionTable) all() []*session {
 }
 
 // forget drops s from the table, with the addresses that it has there.
-func (t *sessionTable) forget(s *session, addresses []netip.Addr) {
+func (t *sessionTable) forget(s *session) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.byID[s.id] == s {
 		delete(t.byID, s.id)
+		t.holdLocked(s, nil)
 	}
+}
+
+// hold makes addresses those that s keeps others on this server from. One that has been forgotten holds none.
+func (t *sessionTable) hold(s *session, addresses []netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.byID[s.id] != s {
+		addresses = nil
+	}
+	t.holdLocked(s, addresses)
+}
+
+func (t *sessionTable) holdLocked(s *session, addresses []netip.Addr) {
+	maps.DeleteFunc(t.inUse, func(_ netip.Addr, id string) bool { return id == s.id })
 	for _, a := range addresses {
-		if t.inUse[a] == s.id {
-			delete(t.inUse, a)
-		}
+		t.inUse[a] = s.id
+	}
+}
+
+// record is what is known here of the session, and what the store has; a record never changes.
+func (s *session) record() (rec *record, raw []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.rec, s.raw
+}
+
+// endHere is end, unless another server has the session by now: it only goes from here then.
+func (s *session) endHere(ctx context.Context, why string) {
+	rec, _, err := loadRecord(ctx, s.table.s.cfg.Store, s.id)
+	switch {
+	case err != nil:
+		s.drop(why) // it expires by itself
+	case rec != nil && rec.Server != s.table.s.cfg.ServerID:
+		s.drop("it goes on on another server")
+	default:
+		s.end(ctx, why)
 	}
 }
 
@@ -221,10 +255,6 @@ func (s *session) drop(why string) (rec *record, ok bool) {
 	if tunnel != nil {
 		tunnel.terminate(why)
 	}
-	var addresses []netip.Addr
-	if rec != nil {
-		addresses = rec.Address
-	}
-	s.table.forget(s, addresses)
+	s.table.forget(s)
 	return rec, true
 }

@@ -124,10 +124,11 @@ func (s *session) settings(profile *Profile, a *openconnect.Attempt) openconnect
 		DisconnectedTimeout: profile.DisconnectedTimeout,
 		ClientBypass:        true,
 	}
-	if !s.rec.Expires.IsZero() {
-		set.SessionRemaining = s.rec.Expires.Sub(now)
+	rec, _ := s.record()
+	if !rec.Expires.IsZero() {
+		set.SessionRemaining = rec.Expires.Sub(now)
 	}
-	for _, addr := range s.rec.Address {
+	for _, addr := range rec.Address {
 		set.Addresses = append(set.Addresses, s.table.s.networkOf(addr))
 	}
 	for _, dns := range profile.DNS {

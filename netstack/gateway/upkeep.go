@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"time"
@@ -53,7 +54,7 @@ func (s *session) look(ctx context.Context, now time.Time) {
 		s.end(ctx, "idle timeout")
 		return
 	case !online && now.Sub(left) > profile.DisconnectedTimeout:
-		s.end(ctx, "the client is gone")
+		s.endHere(ctx, "the client is gone")
 		return
 	}
 	s.mu.Lock()
@@ -64,9 +65,13 @@ func (s *session) look(ctx context.Context, now time.Time) {
 	}
 	s.mu.Unlock()
 	if check {
-		if _, err := s.table.s.cfg.Users.User(ctx, rec.User); errors.Is(err, ErrDenied) {
-			s.end(ctx, "the user may not come in any more")
+		user, err := s.table.s.cfg.Users.User(ctx, rec.User)
+		if why := s.table.s.groups.shut(user, err, rec.Group); why != "" {
+			s.end(ctx, why)
 			return
+		}
+		if !touch && !s.asStored(ctx) {
+			return // another server has ended it, or has it
 		}
 	}
 	if touch && (online || rec.Connected) {
@@ -149,6 +154,14 @@ func (s *session) touch(ctx context.Context, online bool) {
 			return
 		}
 	}
+}
+
+// asStored looks whether the store has the session as it is known here, and reconciles the two if not. It tells whether the session
+// goes on.
+func (s *session) asStored(ctx context.Context) bool {
+	stored, err := s.table.s.cfg.Store.Get(ctx, sessionKey+s.id)
+	_, raw := s.record()
+	return err != nil || bytes.Equal(stored, raw) || s.reconcile(ctx)
 }
 
 // reconcile finds out why the store has something else, and whether to try again.
