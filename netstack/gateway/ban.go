@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"container/list"
+	"hash/maphash"
 	"math"
 	"net/netip"
 	"slices"
@@ -14,8 +15,8 @@ import (
 // before a byte is read. IPv6 addresses are taken together by /64. 0 is a default; a negative number of points is none.
 type BanConfig struct {
 	Off           bool
-	WrongPassword int           // points of a wrong password, code or certificate; 10
-	Connection    int           // points of a connection, given back when somebody signs in on it; 1
+	WrongPassword int           // points of a wrong password, code or certificate, given back when its user signs in; 10
+	Connection    int           // points of a connection, given back when somebody signs in; 1
 	Limit         int           // 80
 	Reset         time.Duration // 20 minutes
 	// Exempt are never banned, nor limited as to their rate: an office behind one address, say.
@@ -64,8 +65,9 @@ func source(a netip.Addr) netip.Prefix {
 // A scoreboard counts what sources have done. It has room for so many; the one heard of
 // longest ago gives way, so an attacker needs as many addresses to be forgotten.
 type scoreboard struct {
-	cfg BanConfig
-	max int
+	cfg  BanConfig
+	max  int
+	seed maphash.Seed
 
 	mu     sync.Mutex
 	order  list.List // of *score, the newest first
@@ -81,13 +83,38 @@ type score struct {
 	tokens float64 // of the rate limit
 	filled time.Time
 	open   int // connections on which nobody has signed in
+	blames []blame
+}
+
+// A blame is the part of a source's points that wrong passwords of one user have cost.
+type blame struct {
+	user   uint64 // a hash of the name; 0: several, and nobody's to be forgiven
+	points int
+}
+
+// maxBlames are the users that are told apart: with the defaults there is a ban before there are as many.
+const maxBlames = 16
+
+func (s *score) blame(user uint64, points int) {
+	for i := range s.blames {
+		if s.blames[i].user == user {
+			s.blames[i].points += points
+			return
+		}
+	}
+	if len(s.blames) < maxBlames {
+		s.blames = append(s.blames, blame{user, points})
+		return
+	}
+	last := &s.blames[maxBlames-1]
+	last.user, last.points = 0, last.points+points
 }
 
 // maxScores is how many sources are remembered: 64 Ki of some 200 bytes.
 const maxScores = 64 << 10
 
 func newScoreboard(cfg BanConfig) *scoreboard {
-	return &scoreboard{cfg: cfg.orDefaults(), max: maxScores, scores: map[netip.Prefix]*list.Element{}}
+	return &scoreboard{cfg: cfg.orDefaults(), max: maxScores, seed: maphash.MakeSeed(), scores: map[netip.Prefix]*list.Element{}}
 }
 
 func (b *scoreboard) exempt(a netip.Addr) bool {
@@ -102,7 +129,7 @@ func (b *scoreboard) of(a netip.Addr, now time.Time) *score {
 		b.order.MoveToFront(e)
 		s := e.Value.(*score)
 		if now.Sub(s.seen) >= b.cfg.Reset {
-			s.points, s.banned = 0, false
+			s.points, s.banned, s.blames = 0, false, nil
 		}
 		return s
 	}
@@ -164,24 +191,34 @@ func (b *scoreboard) settled(a netip.Addr, good bool, now time.Time) {
 	}
 }
 
-// wrong counts a wrong password. It tells whether a is banned now.
-func (b *scoreboard) wrong(a netip.Addr, now time.Time) (banned bool) {
+// wrong counts a wrong password of user. It tells whether a is banned now.
+func (b *scoreboard) wrong(a netip.Addr, user string, now time.Time) (banned bool) {
 	if b.exempt(a) {
 		return false
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	s := b.of(a, now)
-	b.addLocked(s, b.cfg.WrongPassword, now)
+	if b.addLocked(s, b.cfg.WrongPassword, now) {
+		s.blame(maphash.String(b.seed, user)|1, b.cfg.WrongPassword)
+	}
 	return s.banned
 }
 
-// good forgets the wrong passwords of a, whose user has now got in.
-func (b *scoreboard) good(a netip.Addr, now time.Time) {
+// good forgets the points of a, from where user has now got in, but for what wrong passwords of others have cost: who has an
+// account of his own could guess for ever at another's.
+func (b *scoreboard) good(a netip.Addr, user string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if e, ok := b.scores[source(a)]; ok && !e.Value.(*score).banned {
-		e.Value.(*score).points = 0
+	e, ok := b.scores[source(a)]
+	if !ok || e.Value.(*score).banned {
+		return
+	}
+	s, who := e.Value.(*score), maphash.String(b.seed, user)|1
+	s.blames = slices.DeleteFunc(s.blames, func(l blame) bool { return l.user == who })
+	s.points = 0
+	for _, l := range s.blames {
+		s.points += l.points
 	}
 }
 
@@ -193,9 +230,9 @@ func (b *scoreboard) banned(a netip.Addr, now time.Time) bool {
 	return ok && e.Value.(*score).banned && now.Sub(e.Value.(*score).seen) < b.cfg.Reset
 }
 
-func (b *scoreboard) addLocked(s *score, points int, now time.Time) {
+func (b *scoreboard) addLocked(s *score, points int, now time.Time) (added bool) {
 	if points == 0 || b.cfg.Off {
-		return
+		return false
 	}
 	s.points += points
 	s.seen = now
@@ -203,6 +240,7 @@ func (b *scoreboard) addLocked(s *score, points int, now time.Time) {
 		s.banned = true
 		b.bans++
 	}
+	return true
 }
 
 // BanStatus is an address that may not connect.

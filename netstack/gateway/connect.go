@@ -352,15 +352,17 @@ func (t *sessionTable) recover(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("gateway: store: %w", err)
 		}
+		var changes []Change
 		for key, raw := range found {
 			var r record
 			if json.Unmarshal(raw, &r) != nil || !r.Connected {
 				continue
 			}
 			r.Connected = false
-			if err := t.s.cfg.Store.Update(ctx, Change{Key: key, Old: raw, New: r.marshal(), TTL: r.ttl()}); err != nil {
-				return fmt.Errorf("gateway: store: %w", err)
-			}
+			changes = append(changes, Change{Key: key, Old: raw, New: r.marshal(), TTL: r.ttl()})
+		}
+		if err := t.s.cfg.Store.Update(ctx, changes...); err != nil { // one, as each waits for the disk
+			return storeError(err)
 		}
 	}
 	leases, err := t.s.cfg.Store.List(ctx, leaseKey)

@@ -48,9 +48,9 @@ func newPasswordGate() *passwordGate {
 	}
 }
 
-// check compares a password with its hash. It returns nil, ErrDenied, ErrBusy, or the
-// context's error.
-func (g *passwordGate) check(ctx context.Context, hash, password string) error {
+// check compares a password with its hash, and for the sake of the time with others. It returns nil, ErrDenied, ErrBusy, or
+// the context's error.
+func (g *passwordGate) check(ctx context.Context, hash, password string, others ...string) error {
 	select {
 	case g.waiting <- struct{}{}:
 		defer func() { <-g.waiting }()
@@ -63,20 +63,29 @@ func (g *passwordGate) check(ctx context.Context, hash, password string) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if len(password) > maxPassword {
-		// As long as any other, and never right.
-		_ = bcrypt.CompareHashAndPassword([]byte(hash), []byte(password[:maxPassword]))
-		return ErrDenied
+	looked := []byte(password[:min(len(password), maxPassword)])
+	err := bcrypt.CompareHashAndPassword([]byte(hash), looked)
+	for _, other := range others {
+		_ = bcrypt.CompareHashAndPassword([]byte(other), looked)
 	}
-	if bcrypt.CompareHashAndPassword([]byte(hash), []byte(password)) != nil {
+	if err != nil || len(password) > maxPassword {
 		return ErrDenied
 	}
 	return nil
 }
 
-// decoys are hashes by cost, for users who are not there: checking a password against one takes
-// the time of a real check.
+// decoys are hashes by cost, whose passwords nobody knows. A check against the one of the highest cost stands for that of a user who is not
+// there; and a check at a lower cost c is followed by such at c, c+1 ... below the highest, each of twice the time of the one before:
+// 2^c + 2^c + 2^(c+1) + ... = 2^highest.
 type decoys map[int]string
+
+// between are those from a cost on to below another.
+func (d decoys) between(from, to int) (list []string) {
+	for c := from; c < to; c++ {
+		list = append(list, d.of(c))
+	}
+	return list
+}
 
 func (d decoys) of(cost int) string {
 	if h, ok := d[cost]; ok {

@@ -75,7 +75,7 @@ func TestScoreboard(t *testing.T) {
 		if b.banned(a, now) {
 			t.Fatalf("banned after %d", i)
 		}
-		b.wrong(a, now)
+		b.wrong(a, "u", now)
 	}
 	if !b.banned(a, now) || b.connection(a, now) != refusedBanned {
 		t.Error("not banned")
@@ -88,7 +88,7 @@ func TestScoreboard(t *testing.T) {
 	}
 	six := netip.MustParseAddr("2001:db8::1")
 	for range 3 {
-		b.wrong(six, now)
+		b.wrong(six, "u", now)
 		six = six.Next()
 	}
 	if !b.banned(netip.MustParseAddr("2001:db8::ffff:1"), now) || b.banned(netip.MustParseAddr("2001:db8:0:1::1"), now) {
@@ -96,13 +96,13 @@ func TestScoreboard(t *testing.T) {
 	}
 	mapped := netip.MustParseAddr("::ffff:203.0.113.9")
 	for range 3 {
-		b.wrong(mapped, now)
+		b.wrong(mapped, "u", now)
 	}
 	if !b.banned(netip.MustParseAddr("203.0.113.9"), now) {
 		t.Error("an IPv4 address has two scores")
 	}
 	for range 10 {
-		b.wrong(netip.MustParseAddr("192.0.2.1"), now)
+		b.wrong(netip.MustParseAddr("192.0.2.1"), "u", now)
 	}
 	if b.banned(netip.MustParseAddr("192.0.2.1"), now) {
 		t.Error("an exempt address is banned")
@@ -114,7 +114,7 @@ func TestScoreboard(t *testing.T) {
 	b.max = 100
 	at := netip.MustParseAddr("10.0.0.1")
 	for range 10000 {
-		b.wrong(at, now)
+		b.wrong(at, "u", now)
 		at = at.Next()
 	}
 	if len(b.scores) > 104 || b.order.Len() != len(b.scores) {

@@ -38,6 +38,8 @@ type Server struct {
 	signIns, wrongSignIns atomic.Uint64
 	refused               [refusedTooMany + 1]atomic.Uint64 // connections, by admission
 
+	away atomic.Int64 // until when upkeep does not ask the store; Unix time in nanoseconds
+
 	cancel  context.CancelFunc
 	tasks   sync.WaitGroup
 	closing sync.Once
@@ -296,13 +298,17 @@ func (s *Server) leave() {
 	_, volatile := s.cfg.Store.(*memoryStore)
 	ctx, cancel := s.storeContext()
 	defer cancel()
+	var all sync.WaitGroup
 	for _, session := range s.sessions.all() {
-		if volatile {
-			session.end(ctx, "the server is closing")
-		} else {
-			session.abandon(ctx)
-		}
+		all.Go(func() { // together, as the disk is slow and the network too
+			if volatile {
+				session.end(ctx, "the server is closing")
+			} else {
+				session.abandon(ctx)
+			}
+		})
 	}
+	all.Wait()
 }
 
 // abandon leaves the session in the store, and its client without an answer: it will ask again, here or elsewhere.

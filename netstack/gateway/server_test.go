@@ -322,6 +322,9 @@ func TestStoreAway(t *testing.T) {
 	if list := sessionsOf(t, s, "alice"); len(list) != 1 || !slices.Equal(list[0].Addresses, addressesOf(n)) {
 		t.Errorf("written down anew: %+v", list)
 	}
+	if l, err := loadIDs(t.Context(), store, "alice"); err != nil || len(l.ids) != 1 {
+		t.Errorf("it does not count as one of hers: %v, %v", l.ids, err)
+	}
 }
 
 // TestStrangers: connections on which nobody signs in are bounded, and the oldest gives way.

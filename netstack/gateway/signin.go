@@ -46,6 +46,8 @@ const (
 	sorryBanned = "Too many wrong attempts; try again later."
 	sorryBusy   = "The server is busy; try again in a moment."
 	codeLabel   = "Code:"
+
+	sorryCertificate = "A client certificate is needed."
 )
 
 // Begin implements [openconnect.Authenticator].
@@ -59,7 +61,7 @@ func (a signIn) Begin(ctx context.Context, c *openconnect.Client, group string) 
 	}
 	if !cfg.Method.certificates() || c.Certificate == nil {
 		if cfg.Method == Certificate || cfg.Method == Both {
-			return denied("A client certificate is needed."), nil
+			return denied(sorryCertificate), nil
 		}
 		return a.form(signInState{Group: group}, ""), nil
 	}
@@ -120,11 +122,14 @@ func (a signIn) Answer(ctx context.Context, c *openconnect.Client, answers *open
 	if state.Passed {
 		return a.code(ctx, c, state, answers.Factor)
 	}
+	if m := a.s.cfg.Method; m == Certificate || m == Both && state.User == "" {
+		return denied(sorryCertificate), nil // the state is of another method, before a restart or of another server
+	}
 	name := answers.Username
 	if state.User != "" {
 		// The certificate that has shown it is still here, or was exchanged for another's state.
 		if name = a.s.cfg.CertificateUser.nameIn(c.Certificate); name != state.User {
-			return denied("A client certificate is needed."), nil
+			return denied(sorryCertificate), nil
 		}
 	}
 	user, err := a.password(ctx, name, answers.Password)
@@ -169,7 +174,7 @@ func (a signIn) passed(ctx context.Context, c *openconnect.Client, user *User, s
 	if err != nil {
 		return openconnect.Decision{}, err
 	}
-	a.s.scores.good(c.Remote.Addr(), time.Now())
+	a.s.scores.good(c.Remote.Addr(), user.Name)
 	settle(ctx, true)
 	a.s.signIns.Add(1)
 	a.s.log.Info("signed in", "user", user.Name, "group", group, "remote", c.Remote, "agent", c.UserAgent)
@@ -185,8 +190,9 @@ func (a signIn) code(ctx context.Context, c *openconnect.Client, state signInSta
 	if err != nil {
 		return openconnect.Decision{}, err
 	}
-	if user.Secret == "" { // since a moment ago
-		return a.passed(ctx, c, user, state)
+	if user.Secret == "" {
+		// Since a moment ago. From the start: a state is never all that it takes, as who can read the store can seal one.
+		return a.Begin(ctx, c, state.Group)
 	}
 	if !a.s.codes.try(user.Name, time.Now()) {
 		a.s.log.Warn("sign-in refused", "user", user.Name, "remote", c.Remote, "reason", "too many wrong codes")
@@ -212,7 +218,7 @@ func (a signIn) banned(c *openconnect.Client) bool {
 // wrong counts a failed attempt and tells whether the address is banned now. The name is in the log
 // only if it is one: people type passwords into the wrong field.
 func (a signIn) wrong(c *openconnect.Client, name, what string) bool {
-	banned := a.s.scores.wrong(c.Remote.Addr(), time.Now())
+	banned := a.s.scores.wrong(c.Remote.Addr(), name, time.Now())
 	a.s.wrongSignIns.Add(1)
 	if CheckName(name) != "" {
 		name = "?"

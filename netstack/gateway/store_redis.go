@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"strings"
 	"time"
 
@@ -27,7 +28,10 @@ type RedisOptions struct {
 func OpenRedisStore(o RedisOptions) (Store, error) {
 	opts, err := redis.ParseURL(o.URL)
 	if err != nil {
-		return nil, fmt.Errorf("gateway: store: %w", err) // it does not show the URL, which may have a password
+		if bad := (*url.Error)(nil); errors.As(err, &bad) {
+			err = bad.Err // without the URL, which may have a password
+		}
+		return nil, fmt.Errorf("gateway: store: URL: %w", err)
 	}
 	if o.Password != "" {
 		opts.Password = o.Password
@@ -36,6 +40,8 @@ func OpenRedisStore(o RedisOptions) (Store, error) {
 		o.Name = "vpn"
 	}
 	opts.DialTimeout, opts.ReadTimeout, opts.WriteTimeout = 2*time.Second, 2*time.Second, 2*time.Second
+	// Somebody waits. One more try is for a connection that has died while nobody looked.
+	opts.MaxRetries, opts.DialerRetries, opts.ContextTimeoutEnabled = 1, 1, true
 	// The braces put all keys into one slot of a cluster, where a script can change them together.
 	s := &redisStore{c: redis.NewClient(opts), prefix: "penstock:{" + o.Name + "}:"}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/penstock-vpn/penstock/transport"
@@ -70,12 +71,15 @@ func (s *session) look(ctx context.Context, now time.Time) {
 			s.end(ctx, why)
 			return
 		}
-		if !touch && !s.asStored(ctx) {
-			return // another server has ended it, or has it
-		}
 	}
-	if touch && (online || rec.Connected) {
-		s.touch(ctx, online)
+	away := time.Now().Before(s.table.s.storeBack())
+	switch {
+	case touch && (online || rec.Connected):
+		if !away {
+			s.touch(ctx, online)
+		}
+	case check && !away:
+		s.asStored(ctx) // another server may have ended it, or have it
 	}
 }
 
@@ -132,8 +136,12 @@ func (s *session) touch(ctx context.Context, online bool) {
 			changes = append(changes, Change{Key: leaseKey + a.String(), Old: []byte(s.id), New: []byte(s.id), TTL: rec.ttl()})
 		}
 		l, err := loadIDs(ctx, store, rec.User)
-		if err == nil && l.raw != nil {
+		switch {
+		case err != nil:
+		case slices.Contains(l.ids, s.id):
 			changes = append(changes, Change{Key: userKey + rec.User, Old: l.raw, New: l.raw, TTL: 2 * rec.ttl()})
+		default: // it has expired, as the session had
+			changes = append(changes, l.change(rec.User, append(l.ids, s.id), 2*rec.ttl()))
 		}
 		if err == nil {
 			err = store.Update(ctx, changes...)
@@ -147,6 +155,7 @@ func (s *session) touch(ctx context.Context, online bool) {
 		if !errors.Is(err, ErrConflict) {
 			if ctx.Err() == nil {
 				s.table.s.log.Error("the store does not answer", "session", s.public, "error", err)
+				s.table.s.storeIsAway()
 			}
 			return
 		}
@@ -156,13 +165,24 @@ func (s *session) touch(ctx context.Context, online bool) {
 	}
 }
 
-// asStored looks whether the store has the session as it is known here, and reconciles the two if not. It tells whether the session
-// goes on.
-func (s *session) asStored(ctx context.Context) bool {
+// asStored looks whether the store has the session as it is known here, and reconciles the two if not.
+func (s *session) asStored(ctx context.Context) {
 	stored, err := s.table.s.cfg.Store.Get(ctx, sessionKey+s.id)
-	_, raw := s.record()
-	return err != nil || bytes.Equal(stored, raw) || s.reconcile(ctx)
+	if err != nil {
+		s.table.s.storeIsAway()
+	} else if _, raw := s.record(); !bytes.Equal(stored, raw) {
+		s.reconcile(ctx)
+	}
 }
+
+// awayTime is how long upkeep lets a store alone that does not answer: each call waits for some seconds, and the sessions that are to end
+// would wait behind those that are to be written down.
+const awayTime = 10 * time.Second
+
+func (s *Server) storeIsAway() { s.away.Store(time.Now().Add(awayTime).UnixNano()) }
+
+// storeBack is when the store may be asked again.
+func (s *Server) storeBack() time.Time { return time.Unix(0, s.away.Load()) }
 
 // reconcile finds out why the store has something else, and whether to try again.
 func (s *session) reconcile(ctx context.Context) (again bool) {

@@ -87,6 +87,9 @@ func TestUserFileChanges(t *testing.T) {
 		t.Error("bob's address is not his")
 	}
 	writeFile(t, path, "alice:nonsense\n")
+	if err := os.Chtimes(path, time.Time{}, time.Now().Add(-2*settleTime)); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := f.Password(ctx, "alice", "another"); err != nil {
 		t.Errorf("with a mistake in the file: %v", err)
 	}

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // A UserFile is a [Users] in a file, one user a line, as htpasswd -B writes them:
@@ -28,7 +30,6 @@ type UserFile struct {
 	state  fileState // when it was read
 	set    *UserSet
 	decoys decoys
-	decoy  string // of the cost that most users have
 }
 
 var (
@@ -77,42 +78,65 @@ func OpenUserFile(path string, log *slog.Logger) (*UserFile, error) {
 // take makes set the users. mu is held, or f is new.
 func (f *UserFile) take(set *UserSet, state fileState) {
 	f.set, f.state = set, state
-	f.decoy = f.decoys.of(set.usualCost())
+	low, high := set.costs()
+	f.decoys.between(low, high+1) // made now, while nobody waits
 }
 
-// current is the users as they are now, and the hash for those who are none of them.
-func (f *UserFile) current() (*UserSet, string) {
+// settleTime is how long a file that is written in place has to be left alone until it is read: half of it, a user a line, looks like
+// all of it. One that takes the place of the old is read at once.
+const settleTime = time.Second
+
+// current is the users as they are now.
+func (f *UserFile) current() *UserSet {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	state, err := stateOf(f.path)
 	if err != nil {
 		f.log.Error("users are as before", "error", err)
-		return f.set, f.decoy
+		return f.set
 	}
 	if state.same(f.state) {
-		return f.set, f.decoy
+		return f.set
+	}
+	if age := time.Since(state.modified); age >= 0 && age < settleTime && os.SameFile(state.info, f.state.info) {
+		return f.set
 	}
 	set, err := ReadUsers(f.path)
 	if err != nil {
 		f.log.Error("users are as before", "error", err)
 		f.state = state // complain once
-		return f.set, f.decoy
+		return f.set
 	}
 	f.take(set, state)
 	f.log.Info("users read again", "file", f.path, "users", len(set.entries))
-	return f.set, f.decoy
+	return f.set
+}
+
+// hashes are what a password for e is to be checked with, who may be nil: the first decides, and together they take the
+// time of the dearest hash in the file.
+func (f *UserFile) hashes(set *UserSet, e *UserEntry) (hash string, others []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	_, high := set.costs()
+	if e == nil {
+		return f.decoys.of(high), nil
+	}
+	cost, err := bcrypt.Cost([]byte(e.Hash))
+	if err != nil {
+		cost = high // never: it was looked at when it was read
+	}
+	return e.Hash, f.decoys.between(cost, high)
 }
 
 // Password implements [Users].
 func (f *UserFile) Password(ctx context.Context, name, password string) (*User, error) {
-	set, hash := f.current()
+	set := f.current()
 	e := set.find(name)
-	if usable := e != nil && e.Hash != noPassword && !e.Disabled; usable {
-		hash = e.Hash
-	} else {
+	if e != nil && (e.Hash == noPassword || e.Disabled) {
 		e = nil
 	}
-	if err := f.gate.check(ctx, hash, password); err != nil {
+	hash, others := f.hashes(set, e)
+	if err := f.gate.check(ctx, hash, password, others...); err != nil {
 		return nil, err
 	}
 	if e == nil {
@@ -123,8 +147,7 @@ func (f *UserFile) Password(ctx context.Context, name, password string) (*User, 
 
 // User implements [Users].
 func (f *UserFile) User(_ context.Context, name string) (*User, error) {
-	set, _ := f.current()
-	e := set.find(name)
+	e := f.current().find(name)
 	if e == nil || e.Disabled {
 		return nil, ErrDenied
 	}
@@ -133,8 +156,7 @@ func (f *UserFile) User(_ context.Context, name string) (*User, error) {
 
 // Reserved implements [Reserver].
 func (f *UserFile) Reserved(a netip.Addr, name string) bool {
-	set, _ := f.current()
-	owner, ok := set.owners[a]
+	owner, ok := f.current().owners[a]
 	return ok && owner != name
 }
 

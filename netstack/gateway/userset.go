@@ -37,6 +37,8 @@ type UserSet struct {
 	lines   []userLine
 	entries map[string]*UserEntry
 	owners  map[netip.Addr]string // of static addresses
+	// The bcrypt costs of the hashes are from low to high; 0: there are none. What is removed stays counted.
+	low, high int
 }
 
 // userLine is an entry, or a comment or an empty line as it was written.
@@ -207,6 +209,12 @@ func (s *UserSet) add(e *UserEntry) error {
 	for _, a := range e.Addresses {
 		s.owners[a] = e.Name
 	}
+	if cost, err := bcrypt.Cost([]byte(e.Hash)); err == nil {
+		if s.low == 0 || cost < s.low {
+			s.low = cost
+		}
+		s.high = max(s.high, cost)
+	}
 	s.entries[e.Name] = e
 	s.lines = append(s.lines, userLine{entry: e})
 	return nil
@@ -285,19 +293,12 @@ func (s *UserSet) Remove(name string) error {
 	return nil
 }
 
-// usualCost is the bcrypt cost that most users have.
-func (s *UserSet) usualCost() int {
-	count := map[int]int{}
-	best := passwordCost
-	for _, e := range s.entries {
-		if cost, err := bcrypt.Cost([]byte(e.Hash)); err == nil {
-			count[cost]++
-			if count[cost] > count[best] {
-				best = cost
-			}
-		}
+// costs are the lowest and the highest bcrypt cost of the hashes; those of new ones when there are none.
+func (s *UserSet) costs() (low, high int) {
+	if s.low == 0 {
+		return passwordCost, passwordCost
 	}
-	return best
+	return s.low, s.high
 }
 
 // EditUsers changes the file at path, which is made if need be, by edit. Others who do the same wait. The new
