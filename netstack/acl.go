@@ -20,6 +20,7 @@ type ACLRule struct {
 
 	Direction string    // of the flow's first packet: "in", from a peer, "out", to one, or "", either
 	Peer      PublicKey // zero: any
+	Group     string    // that of a session, as given to [Node.AddSession]; empty: any, and peers
 	// Protocol is "tcp", "udp" or "icmp", which is ping; empty: every one, those without a name here
 	// included.
 	Protocol string
@@ -107,7 +108,7 @@ func (c *Config) newFilter() (*tunwrap.Filter, error) {
 	}
 	for i := range c.ACL {
 		r := &c.ACL[i]
-		f := tunwrap.FilterRule{Deny: r.Deny, Protocol: r.Protocol, From: slices.Clone(r.From), To: slices.Clone(r.To)}
+		f := tunwrap.FilterRule{Deny: r.Deny, Group: r.Group, Protocol: r.Protocol, From: slices.Clone(r.From), To: slices.Clone(r.To)}
 		switch r.Direction {
 		case "in":
 			f.Direction = tunwrap.Inbound
@@ -134,7 +135,7 @@ func (n *Node) applyACL(peers []Peer) error {
 	fs := make([]tunwrap.FilterPeer, 0, 1+len(n.members)+len(peers))
 	fs = append(fs, tunwrap.FilterPeer{ID: "behind the server", Prefixes: n.behindServer})
 	for m := range n.members {
-		fs = append(fs, tunwrap.FilterPeer{ID: fmt.Sprintf("session %p", m), Prefixes: m.allowed})
+		fs = append(fs, tunwrap.FilterPeer{ID: fmt.Sprintf("session %p", m), Group: m.group, Prefixes: m.allowed})
 	}
 	for _, p := range peers {
 		fs = append(fs, tunwrap.FilterPeer{ID: p.PublicKey.String(), Prefixes: p.AllowedIPs})

@@ -11,10 +11,10 @@ import (
 
 // AddSession makes the far end of an OpenConnect session a member of the VPN: packets to its AllowedIPs go
 // to it, and the router serves it as it serves a peer. It goes when it has ended; see
-// [transport.SessionEvents].Closed. It takes cfg.Link.Stream, also when it fails. It is not in the way of static
+// [transport.SessionEvents].Closed. Rules of Config.ACL can name its group. It takes cfg.Link.Stream, also when it fails. It is not in the way of static
 // peers, but their prefixes must differ.
-func (n *Node) AddSession(cfg transport.SessionConfig) (*transport.Session, error) {
-	m := &member{name: cfg.Name, allowed: slices.Clone(cfg.AllowedIPs)}
+func (n *Node) AddSession(cfg transport.SessionConfig, group string) (*transport.Session, error) {
+	m := &member{name: cfg.Name, group: group, allowed: slices.Clone(cfg.AllowedIPs)}
 	closed := cfg.Events.Closed
 	entered := make(chan struct{}) // closed when the session may be forgotten
 	cfg.Events.Closed = func(reason error) {
@@ -47,6 +47,7 @@ func (n *Node) AddSession(cfg transport.SessionConfig) (*transport.Session, erro
 // A member is a session as node and router know it.
 type member struct {
 	name    string
+	group   string // for the packet filter
 	allowed []netip.Prefix
 	routed  *routerPeer // nil without a router
 }

@@ -19,7 +19,7 @@ func TestRefusedSessionTakesNothing(t *testing.T) {
 	session := func(allowed netip.Prefix) error { // its client has not shown up yet
 		l := transport.SessionLink{AppID: make([]byte, 32), PSK: make([]byte, 32)}
 		rand.Read(l.AppID)
-		_, err := n.AddSession(transport.SessionConfig{Name: "client", Link: l, AllowedIPs: []netip.Prefix{allowed}})
+		_, err := n.AddSession(transport.SessionConfig{Name: "client", Link: l, AllowedIPs: []netip.Prefix{allowed}}, "")
 		return err
 	}
 	client := netip.MustParsePrefix("10.66.0.7/32")

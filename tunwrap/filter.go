@@ -70,6 +70,7 @@ type FilterRule struct {
 
 	Direction Direction      // that of the flow's first packet; 0: both
 	Peer      string         // ID of the FilterPeer at the other end; "": any
+	Group     string         // Group of the FilterPeer at the other end; "": any
 	Protocol  string         // "tcp", "udp" or "icmp", which is ping; "": every protocol
 	Ports     []PortRange    // destination of the first packet; empty: any. Only of TCP and UDP.
 	From, To  []netip.Prefix // its source and destination; empty: any
@@ -78,6 +79,7 @@ type FilterRule struct {
 // A FilterPeer says which addresses are a peer's.
 type FilterPeer struct {
 	ID       string
+	Group    string         // that rules can name; peers may share one
 	Prefixes []netip.Prefix // the longest that contains an address decides
 }
 
@@ -118,7 +120,10 @@ type filterTable struct {
 }
 
 // A filterPeer is a peer and how many flows it has.
-type filterPeer struct{ flows atomic.Int64 }
+type filterPeer struct {
+	group string // never changes
+	flows atomic.Int64
+}
 
 // A filterRule is a FilterRule made ready. Pointers are nil where anything fits.
 type filterRule struct {
@@ -127,6 +132,7 @@ type filterRule struct {
 	from     Direction
 	class    packetClass // classNone: every
 	peer     *filterPeer
+	group    string
 	ports    []PortRange
 	src, dst *bart.Lite
 }
@@ -206,8 +212,8 @@ func (f *Filter) SetPeers(peers []FilterPeer) error {
 			return fmt.Errorf("%w: peer %q has no ID of its own", ErrFilterRule, p.ID)
 		}
 		x := f.peers[p.ID]
-		if x == nil {
-			x = new(filterPeer)
+		if x == nil || x.group != p.Group {
+			x = &filterPeer{group: p.Group}
 		}
 		known[p.ID] = x
 		for _, prefix := range p.Prefixes {
@@ -228,7 +234,7 @@ func (f *Filter) SetPeers(peers []FilterPeer) error {
 
 // prepare makes r ready for packets.
 func (r *FilterRule) prepare(peers map[string]*filterPeer) filterRule {
-	p := filterRule{deny: r.Deny, from: r.Direction, ports: r.Ports, src: set(r.From), dst: set(r.To)}
+	p := filterRule{deny: r.Deny, from: r.Direction, group: r.Group, ports: r.Ports, src: set(r.From), dst: set(r.To)}
 	if r.Peer != "" {
 		p.peer = peers[r.Peer]
 		p.never = p.peer == nil
@@ -280,7 +286,7 @@ func (t *filterTable) decide(o *opening) (rule int32, allowed bool) {
 func (r *filterRule) fits(o *opening) bool {
 	switch {
 	case r.never, r.from != 0 && r.from != o.direction, r.class != classNone && r.class != o.class,
-		r.peer != nil && r.peer != o.peer, len(r.ports) > 0 && !r.hasPort(o),
+		r.peer != nil && r.peer != o.peer, r.group != "" && r.group != o.peer.group, len(r.ports) > 0 && !r.hasPort(o),
 		r.src != nil && !r.src.Contains(o.src), r.dst != nil && !r.dst.Contains(o.dst):
 		return false
 	}

@@ -198,7 +198,7 @@ func FuzzFilter(f *testing.F) {
 			}
 			rules = append(rules, r)
 		}
-		peers := [][]FilterPeer{filterPeers, filterPeers[:1], {{"c", filterPeers[0].Prefixes}, {"b", filterPeers[1].Prefixes[1:]}}}
+		peers := [][]FilterPeer{filterPeers, filterPeers[:1], {{ID: "c", Prefixes: filterPeers[0].Prefixes}, {ID: "b", Prefixes: filterPeers[1].Prefixes[1:]}}}
 		x := newFilterTest(t, rules...)
 		m := &modelFilter{rules: rules, peers: filterPeers}
 		var last modelPacket

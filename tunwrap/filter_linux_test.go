@@ -18,7 +18,7 @@ func TestFilterTUN(t *testing.T) {
 	b := two.openTUN(t, TUNOptions{Name: "pen0", MTU: mtu}, "10.9.0.2/24", "fd09::2/64")
 	f, err := NewFilter(FilterOptions{
 		Rules: []FilterRule{{Direction: Outbound, Protocol: "tcp", Peer: "b"}, {Direction: Inbound, Protocol: "udp", Ports: ports(7000)}},
-		Peers: []FilterPeer{{"b", prefixes("10.9.0.2/32", "fd09::2/128")}},
+		Peers: []FilterPeer{{ID: "b", Prefixes: prefixes("10.9.0.2/32", "fd09::2/128")}},
 	})
 	if err != nil {
 		t.Fatal(err)

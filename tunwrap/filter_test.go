@@ -22,8 +22,8 @@ type filterTest struct {
 }
 
 var filterPeers = []FilterPeer{
-	{"b", prefixes("10.0.0.2/32", "fd00::2/128")},
-	{"c", prefixes("10.0.0.3/32", "fd00::3/128", "10.3.0.0/16")},
+	{ID: "b", Prefixes: prefixes("10.0.0.2/32", "fd00::2/128")},
+	{ID: "c", Group: "far", Prefixes: prefixes("10.0.0.3/32", "fd00::3/128", "10.3.0.0/16")},
 }
 
 func newFilterTest(t testing.TB, rules ...FilterRule) *filterTest {
@@ -160,6 +160,8 @@ func TestFilterRules(t *testing.T) {
 		{"port", []FilterRule{{Ports: ports(80)}}, []string{"tcp out", "tcp in", "udp out", "udp in"}, []string{"tcp out 81", "tcp in 79", "ping in", "gre in"}},
 		{"ports", []FilterRule{{Ports: []PortRange{{1, 79}, {80, 81}}}}, []string{"tcp out", "tcp out 81", "tcp in 79"}, []string{"tcp out 82"}},
 		{"peer", []FilterRule{{Peer: "b"}}, []string{"tcp out", "tcp in", "gre in"}, []string{"tcp out c", "tcp in c", "tcp out x", "udp in x"}},
+		{"group", []FilterRule{{Group: "far"}}, []string{"tcp out c", "tcp in c"}, []string{"tcp out", "tcp in", "gre in", "tcp out x", "udp in x"}},
+		{"deny a group", []FilterRule{{Deny: true, Group: "far"}, {}}, []string{"tcp out", "tcp out x"}, []string{"tcp out c", "tcp in c"}},
 		{"nobody", []FilterRule{{Peer: "gone"}}, nil, []string{"tcp out", "tcp in", "tcp out c"}},
 		{"to", []FilterRule{{To: prefixes("10.0.0.0/31", "fd00::/127")}}, []string{"tcp in", "tcp in c", "ping in"}, []string{"tcp out", "ping out"}},
 		{"from", []FilterRule{{From: prefixes("10.0.0.2/31", "fd00::2/127")}}, []string{"tcp in", "tcp in c"}, []string{"tcp out", "tcp in x"}},
@@ -216,7 +218,7 @@ func TestFilterMistakes(t *testing.T) {
 		"from":         {Rules: []FilterRule{{From: prefixes("::ffff:10.0.0.0/104")}}},
 		"no ID":        {Peers: []FilterPeer{{}}},
 		"twice":        {Peers: []FilterPeer{{ID: "b"}, {ID: "b"}}},
-		"peers prefix": {Peers: []FilterPeer{{"b", []netip.Prefix{{}}}}},
+		"peers prefix": {Peers: []FilterPeer{{ID: "b", Prefixes: []netip.Prefix{{}}}}},
 	} {
 		if _, err := NewFilter(o); !errors.Is(err, ErrFilterRule) {
 			t.Errorf("%s: %v", name, err)
@@ -565,7 +567,7 @@ func TestFilterSetPeers(t *testing.T) {
 	if n := f.Stats().Flows; n != 2 {
 		t.Errorf("%d flows, want those of b", n)
 	}
-	if err := f.SetPeers([]FilterPeer{filterPeers[0], {"evil", prefixes("10.0.0.2/32")}}); err != nil {
+	if err := f.SetPeers([]FilterPeer{filterPeers[0], {ID: "evil", Prefixes: prefixes("10.0.0.2/32")}}); err != nil {
 		t.Fatal(err)
 	}
 	f.must(false, Inbound, "IPv4 belongs to another", fromB[0])

@@ -49,7 +49,8 @@ type Config struct {
 	ServerID string
 
 	// Node is the inside: addresses, router, kernel interface and all the rest. Its PrivateKey is
-	// made up if there is none, Listen is not used, and MTU 0 means [DefaultMTU].
+	// made up if there is none, Listen is not used, and MTU 0 means [DefaultMTU]. The rules of its ACL can name groups, [DefaultGroup]
+	// for clients without; they are asked before those of OnlyRoutes, but for a last one that allows everything.
 	Node netstack.Config
 
 	// SessionCheck is how often a session's user is looked up again; 0: a minute.

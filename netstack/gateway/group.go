@@ -3,9 +3,11 @@ package gateway
 import (
 	"errors"
 	"net/netip"
+	"reflect"
 	"slices"
 	"time"
 
+	"github.com/penstock-vpn/penstock/netstack"
 	"github.com/penstock-vpn/penstock/transport/openconnect"
 )
 
@@ -14,8 +16,11 @@ type Profile struct {
 	Pool Pool // where addresses come from; empty for a family: none of it
 
 	// Routes are the networks behind the server, all if there are none; NoRoutes are parts of them that are
-	// not to be sent to it. They are what clients are told; what they reach the router decides.
+	// not to be sent to it. They are what clients are told; what they reach the router decides, or the kernel.
 	Routes, NoRoutes []netip.Prefix
+	// OnlyRoutes makes them more than words: what a client sends to anything else but the server's own addresses and DNS is dropped, whatever
+	// the router allows.
+	OnlyRoutes bool
 
 	DNS      []netip.Addr
 	Search   []string // domains that complete names
@@ -54,6 +59,7 @@ func (p Profile) over(base Profile) Profile {
 	orList(&p.DNS, base.DNS)
 	orList(&p.Search, base.Search)
 	orList(&p.SplitDNS, base.SplitDNS)
+	p.OnlyRoutes = p.OnlyRoutes || base.OnlyRoutes
 	p.AllDNS = p.AllDNS || base.AllDNS
 	p.NoUDP = p.NoUDP || base.NoUDP
 	or(&p.Banner, base.Banner)
@@ -115,6 +121,69 @@ func newGroups(common Profile, list []Group) *groups {
 // DefaultGroup is what the form calls not to choose: the first of the user's groups, or none. No group can
 // have that name.
 const DefaultGroup = "default"
+
+// fenceOf is what the packet filter calls a group of that name, "" included.
+func fenceOf(group string) string {
+	if group == "" {
+		return DefaultGroup
+	}
+	return group
+}
+
+// fence is rules with those that keep clients to their routes: before the last of rules if that allows everything, as what they lack is
+// then allowed. own are the server's addresses.
+func (g *groups) fence(rules []netstack.ACLRule, own []netip.Prefix) []netstack.ACLRule {
+	var fences []netstack.ACLRule
+	fences = g.common.fence(fences, fenceOf(""), own)
+	for i := range g.list {
+		fences = g.list[i].fence(fences, g.list[i].Name, own)
+	}
+	if len(fences) == 0 {
+		return rules
+	}
+	rest := []netstack.ACLRule{{}}
+	if n := len(rules); n > 0 {
+		if !reflect.ValueOf(rules[n-1]).IsZero() {
+			return append(slices.Clip(rules), fences...)
+		}
+		rules = rules[:n-1]
+	}
+	return slices.Concat(rules, fences, rest)
+}
+
+// fence appends the rules for clients of a group with p. They need no flows, so clients cannot use up what there is room for.
+func (p *Profile) fence(rules []netstack.ACLRule, group string, own []netip.Prefix) []netstack.ACLRule {
+	if !p.OnlyRoutes {
+		return rules
+	}
+	hosts := func(addrs []netip.Addr) (list []netip.Prefix) {
+		for _, a := range addrs {
+			list = append(list, netip.PrefixFrom(a, a.BitLen()))
+		}
+		return list
+	}
+	from := netstack.ACLRule{Direction: "in", Group: group}
+	add := func(r netstack.ACLRule) { rules = append(rules, r) }
+	var here []netip.Addr
+	for _, a := range own {
+		here = append(here, a.Addr())
+	}
+	r := from
+	r.To = hosts(append(here, p.DNS...))
+	add(r)
+	if len(p.NoRoutes) > 0 {
+		r := from
+		r.Deny, r.To = true, p.NoRoutes
+		add(r)
+	}
+	r = from
+	r.To = p.Routes // none: everything
+	add(r)
+	r = from
+	r.Deny = true
+	add(r)
+	return rules
+}
 
 // offered are the choices of the form; none when there are no groups.
 func (g *groups) offered() (list []openconnect.Group) {

@@ -138,6 +138,10 @@ func (s *Server) listen() error {
 	if node.Logger == nil {
 		node.Logger = s.log
 	}
+	if len(node.ACL) == 0 {
+		node.ACLLimits.Stateless = true
+	}
+	node.ACL = s.groups.fence(node.ACL, node.Addresses)
 	s.mtu, s.own = node.MTU, map[netip.Addr]bool{}
 	for _, a := range node.Addresses {
 		s.own[a.Addr()] = true

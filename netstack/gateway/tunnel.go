@@ -175,7 +175,7 @@ func (s *session) carry(link transport.SessionLink, profile *Profile, a *opencon
 	cfg.Events.Closed = func(reason error) { <-ready; t.closed(reason) }
 	cfg.Events.StreamLost = func(reason error) { <-ready; t.streamLost(reason) }
 	var err error
-	if t.handle, err = srv.node.AddSession(cfg); err != nil {
+	if t.handle, err = srv.node.AddSession(cfg, fenceOf(rec.Group)); err != nil {
 		return err
 	}
 	s.isUp(t, link, a)

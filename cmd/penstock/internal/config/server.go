@@ -115,6 +115,7 @@ type rawClients struct {
 	Pool                any `toml:"pool"`
 	Routes              any `toml:"routes"`
 	NoRoutes            any `toml:"no_routes"`
+	OnlyRoutes          any `toml:"only_routes"`
 	DNS                 any `toml:"dns"`
 	Search              any `toml:"search"`
 	SplitDNS            any `toml:"split_dns"`

@@ -187,6 +187,7 @@ func (r *reader) profile(at string, raw *rawClients) (p gateway.Profile) {
 	}
 	p.Routes = r.prefixes(at+".routes", raw.Routes, wantRoute)
 	p.NoRoutes = r.prefixes(at+".no_routes", raw.NoRoutes, wantRoute)
+	p.OnlyRoutes = raw.OnlyRoutes != nil && r.flag(at+".only_routes", raw.OnlyRoutes)
 	const wantDNS = `the address of a name server, such as "10.9.0.1"`
 	for _, it := range r.texts(at+".dns", raw.DNS, wantDNS) {
 		a, err := netip.ParseAddr(it.text)

@@ -47,6 +47,7 @@ certificate_user = "email"
 pool = ["10.9.0.0/22", "fd09::/64"]
 routes = ["192.168.0.0/16", "2001:db8::/32"]
 no_routes = "192.168.7.0/24"
+only_routes = false
 dns = ["10.9.0.1", "fd09::1"]
 search = "Corp.example."
 split_dns = ["corp.example", "lab.example"]
@@ -68,6 +69,7 @@ open = true
 pool = "10.9.1.10-10.9.1.20"
 routes = "0.0.0.0/0"
 no_routes = "10.0.0.0/8"
+only_routes = true
 dns = "10.9.0.2"
 search = "ops.example"
 split_dns = "ops.example"
@@ -144,7 +146,7 @@ func TestWholeServer(t *testing.T) {
 			IdleTimeout: 30 * time.Minute, SessionTimeout: 12 * time.Hour, DisconnectedTimeout: 10 * time.Minute,
 		},
 		Groups: []gateway.Group{{Name: "ops", Label: "Operations", Open: true, Profile: gateway.Profile{
-			Pool: pool("10.9.1.10-10.9.1.20"), Routes: prefixes("0.0.0.0/0"), NoRoutes: prefixes("10.0.0.0/8"),
+			Pool: pool("10.9.1.10-10.9.1.20"), Routes: prefixes("0.0.0.0/0"), NoRoutes: prefixes("10.0.0.0/8"), OnlyRoutes: true,
 			DNS: addrs("10.9.0.2"), Search: []string{"ops.example"}, SplitDNS: []string{"ops.example"},
 			Banner: "Ops", MTU: 1200, DPD: 10 * time.Second, Keepalive: 5 * time.Second, Rekey: -1,
 			IdleTimeout: time.Minute, SessionTimeout: time.Hour, DisconnectedTimeout: time.Minute,
