@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -109,22 +110,35 @@ func TestCostsTakeTheSameTime(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	took := func(name string) time.Duration {
-		least := time.Hour
-		for range 5 {
-			began := time.Now()
-			if _, err := f.Password(t.Context(), name, "wrong"); !errors.Is(err, ErrDenied) {
-				t.Errorf("%s: %v", name, err)
-			}
-			least = min(least, time.Since(began))
+	least := map[string]time.Duration{}
+	try := func(name string) time.Duration {
+		began := time.Now()
+		if _, err := f.Password(t.Context(), name, "wrong"); !errors.Is(err, ErrDenied) {
+			t.Errorf("%s: %v", name, err)
 		}
-		return least
+		d := time.Since(began)
+		if before, ok := least[name]; ok {
+			d = min(d, before)
+		}
+		least[name] = d
+		return d
 	}
-	unknown := took("nobody")
-	for _, name := range []string{"old1", "new"} {
-		if d := took(name); d < unknown*2/3 || d > unknown*3/2 {
-			t.Errorf("%s is refused after %v, an unknown user after %v", name, d, unknown)
+	// The least of several tries, on a machine that has other work too.
+	var bad string
+	for range 40 {
+		bad = ""
+		unknown := try("nobody")
+		for _, name := range []string{"old1", "new"} {
+			if d := try(name); d < unknown*2/3 || d > unknown*3/2 {
+				bad = fmt.Sprintf("%s is refused after %v, an unknown user after %v", name, d, unknown)
+			}
 		}
+		if bad == "" {
+			break
+		}
+	}
+	if bad != "" {
+		t.Error(bad)
 	}
 	if _, err := f.Password(t.Context(), "old1", "x"); err != nil {
 		t.Error(err)
