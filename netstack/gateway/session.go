@@ -218,7 +218,7 @@ func (s *session) endHere(ctx context.Context, why string) {
 	switch {
 	case err != nil:
 		s.drop(why) // it expires by itself
-	case rec != nil && rec.Server != s.table.s.cfg.ServerID:
+	case rec != nil && rec.Server != "" && rec.Server != s.table.s.cfg.ServerID:
 		s.drop("it goes on on another server")
 	default:
 		s.end(ctx, why)
