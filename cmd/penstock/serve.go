@@ -40,6 +40,11 @@ prints the command by which openconnect connects.`,
 			if fast == (file != "") {
 				return exitWith(exitUsage, errors.New("which server? name its configuration with -c FILE, or say --quick"))
 			}
+			for _, name := range []string{"listen", "host", "user", "state"} {
+				if !fast && cmd.Flags().Changed(name) {
+					return exitWith(exitUsage, fmt.Errorf("--%s goes with --quick; with -c the file says it", name))
+				}
+			}
 			if fast {
 				return q.serve(cmd.OutOrStdout(), cmd.ErrOrStderr(), level, format)
 			}
