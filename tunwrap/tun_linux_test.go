@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"sync"
@@ -100,7 +101,8 @@ func (n *namespace) openTUN(t testing.TB, o TUNOptions, addrs ...string) *TUN {
 	return dev
 }
 
-// setUp gives an interface addresses and sets it up.
+// setUp gives an interface addresses, sets it up, and waits until packets to them are taken: the kernel adds the local route of an
+// IPv6 address later, in a work queue (addrconf_dad_work).
 func setUp(name string, addrs ...string) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
@@ -116,7 +118,32 @@ func setUp(name string, addrs ...string) error {
 			return fmt.Errorf("%s: %w", a, err)
 		}
 	}
-	return netlink.LinkSetUp(link)
+	if err := netlink.LinkSetUp(link); err != nil {
+		return err
+	}
+	for _, a := range addrs {
+		dst := hostNet(a)
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Dst: dst},
+				netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+			if err != nil || len(routes) > 0 {
+				if err != nil {
+					return err
+				}
+				break
+			}
+			if time.Now().After(end) {
+				return fmt.Errorf("%s is never an address of this host", a)
+			}
+		}
+	}
+	return nil
+}
+
+// hostNet is the one address of a prefix.
+func hostNet(prefix string) *net.IPNet {
+	a := netip.MustParsePrefix(prefix).Addr()
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
 // A wire carries what comes out of one TUN into another, looking at every packet.
