@@ -109,7 +109,7 @@ func (l *routerLink) route6(pkt *stack.PacketBuffer, h header.IPv6) {
 		l.passOn(pkt, h, tcpip.TransportProtocolNumber(h.NextHeader()))
 		return
 	}
-	if h.TransportProtocol() == header.TCPProtocolNumber {
+	if tcpip.TransportProtocolNumber(h.NextHeader()) == header.TCPProtocolNumber {
 		l.reopen(pkt, h, header.IPv6MinimumSize, header.IPv6ProtocolNumber)
 	}
 	// Below 255 it can be no neighbour discovery either (RFC 4861 6.1, 7.1), which the
