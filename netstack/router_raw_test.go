@@ -240,17 +240,24 @@ func (c *rawClient) askICMP(t testing.TB, wait time.Duration, packets ...[]byte)
 	return m, p != nil
 }
 
-// TestRouterErrors: what is told of packets that go nowhere, and by whom. The quoted
-// packet is what the client sent.
-func TestRouterErrors(t *testing.T) {
+// rawRouted is a router to loopback and a client of it.
+func rawRouted(t *testing.T) (b *Node, c *rawClient) {
+	t.Helper()
 	key := newKey(t)
-	b := start(t, Config{
+	b = start(t, Config{
 		PrivateKey: newKey(t), Addresses: prefixes("10.66.0.2/24", "fd66::2/64"),
 		Listen: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")},
 		Peers:  []Peer{{Name: "a", PublicKey: key.Public(), AllowedIPs: prefixes("10.66.0.1/32", "fd66::1/128")}},
 		Router: &RouterConfig{Allow: prefixes(routed4, routed6), Flow: toLoopback},
 	})
-	c := newRawClient(t, key, b.PublicKey(), netip.MustParseAddrPort("127.0.0.1:0"), b.LocalAddrs()[0].String())
+	c = newRawClient(t, key, b.PublicKey(), netip.MustParseAddrPort("127.0.0.1:0"), b.LocalAddrs()[0].String())
+	return b, c
+}
+
+// TestRouterErrors: what is told of packets that go nowhere, and by whom. The quoted
+// packet is what the client sent.
+func TestRouterErrors(t *testing.T) {
+	_, c := rawRouted(t)
 	addr := netip.MustParseAddr
 	own4, own6 := addr("10.66.0.2"), addr("fd66::2")
 	for _, x := range []struct {
@@ -356,14 +363,7 @@ func inFragments(p []byte, size int) [][]byte {
 // TestFragmentsVerified: a datagram in fragments, which only whoever puts them together can verify, arrives if its
 // checksum is right and else does not, at the node and at a target of its router.
 func TestFragmentsVerified(t *testing.T) {
-	key := newKey(t)
-	b := start(t, Config{
-		PrivateKey: newKey(t), Addresses: prefixes("10.66.0.2/24", "fd66::2/64"),
-		Listen: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")},
-		Peers:  []Peer{{Name: "a", PublicKey: key.Public(), AllowedIPs: prefixes("10.66.0.1/32", "fd66::1/128")}},
-		Router: &RouterConfig{Allow: prefixes(routed4, routed6), Flow: toLoopback},
-	})
-	c := newRawClient(t, key, b.PublicKey(), netip.MustParseAddrPort("127.0.0.1:0"), b.LocalAddrs()[0].String())
+	b, c := rawRouted(t)
 	target, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

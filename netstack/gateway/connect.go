@@ -350,7 +350,7 @@ func (t *sessionTable) recover(ctx context.Context) error {
 	if _, ours := t.s.cfg.Store.(*boltStore); ours {
 		found, err := t.s.cfg.Store.List(ctx, sessionKey)
 		if err != nil {
-			return fmt.Errorf("gateway: store: %w", err)
+			return storeError(err)
 		}
 		var changes []Change
 		for key, raw := range found {
@@ -367,7 +367,7 @@ func (t *sessionTable) recover(ctx context.Context) error {
 	}
 	leases, err := t.s.cfg.Store.List(ctx, leaseKey)
 	if err != nil {
-		return fmt.Errorf("gateway: store: %w", err)
+		return storeError(err)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -79,7 +79,7 @@ func (s *Server) start(cfg Config) error {
 	defer cancel()
 	secret, err := sharedSecret(ctx, cfg.Store)
 	if err != nil {
-		return fmt.Errorf("gateway: store: %w", err)
+		return storeError(err)
 	}
 	if err := s.sessions.recover(ctx); err != nil {
 		return err

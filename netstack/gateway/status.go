@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -80,7 +79,7 @@ func (s *Server) Status() Status {
 func (s *Server) Sessions(ctx context.Context) ([]SessionStatus, error) {
 	found, err := s.cfg.Store.List(ctx, sessionKey)
 	if err != nil {
-		return nil, fmt.Errorf("gateway: store: %w", err)
+		return nil, storeError(err)
 	}
 	list := make([]SessionStatus, 0, len(found))
 	for key, raw := range found {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/subtle"
 	"errors"
-	"fmt"
 	"strconv"
 	"strings"
 	"time"
@@ -38,7 +37,7 @@ func checkCode(ctx context.Context, store Store, user *User, code string, now ti
 	key := "totp/" + user.Name
 	old, err := store.Get(ctx, key)
 	if err != nil {
-		return fmt.Errorf("gateway: store: %w", err)
+		return storeError(err)
 	}
 	if last, err := strconv.ParseInt(string(old), 10, 64); err == nil && step <= last {
 		return ErrDenied
