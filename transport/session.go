@@ -260,6 +260,9 @@ func (l *SessionLink) close() {
 
 // secret checks the link and returns its secret, nil for one without datagrams.
 func (l *SessionLink) secret() (*sharedSecret, error) {
+	if l.MTU < 0 {
+		return nil, fmt.Errorf("MTU %d", l.MTU)
+	}
 	if l.NoDatagrams != "" {
 		if l.Stream == nil {
 			return nil, errors.New("neither stream nor datagrams")

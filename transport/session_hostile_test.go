@@ -104,6 +104,9 @@ func TestPeersAndSessionsOnOneSocket(t *testing.T) {
 	if _, err := server.AddSession(SessionConfig{Link: SessionLink{Stream: discardConn{}, AppID: sl.AppID, PSK: sl.PSK}}); !errors.Is(err, errAppIDTaken) {
 		t.Errorf("an App-ID twice: %v", err)
 	}
+	if _, err := server.AddSession(SessionConfig{Link: SessionLink{Stream: discardConn{}, NoDatagrams: "none", MTU: -1}}); err == nil {
+		t.Error("a session with an MTU below 0")
+	}
 	if _, err := server.AddSession(SessionConfig{Link: SessionLink{Stream: discardConn{}, NoDatagrams: "none"}, AllowedIPs: hostOf(static)}); err == nil {
 		t.Error("a prefix of a peer's was given to a session")
 	}
